@@ -1,0 +1,248 @@
+"""Hugging Face weights to a NeMo checkpoint and back, by NeMo's own connectors.
+
+NeMo 2.7.3 converts the weights; three things around it are corrected here, because they lose what the user had:
+
+* its exporters rebuild the Hugging Face configuration from NeMo's, with fixed token ids, rope settings left out and,
+  for Llama, a vocabulary cut to the tokenizer's. An export takes the configuration of the imported model instead;
+* its importers put the tokenizer in a folder of /tmp that all users share, and load it with `trust_remote_code=True`;
+* a conversion that dies leaves a folder that looks finished. Here a folder appears under its name when it is complete.
+
+Run in a process of its own (`python -m nemo_eaft.convert`): NeMo sets up one-rank process groups that a later training
+run in the same process would inherit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Hugging Face `model_type` -> (NeMo model, NeMo configuration) of nemo.collections.llm 2.7.3.
+FAMILIES = {
+    "llama": ("LlamaModel", "LlamaConfig"),
+    "mistral": ("MistralModel", "MistralConfig7B"),
+    "qwen2": ("Qwen2Model", "Qwen2Config"),
+    "qwen3": ("Qwen3Model", "Qwen3Config"),
+    "qwen3_moe": ("Qwen3Model", "Qwen3MoEConfig"),
+}
+
+HF_FILES = "hf"
+"""Folder inside an imported checkpoint with the Hugging Face configuration and tokenizer, without weights."""
+
+MANIFEST = "nemo_eaft.json"
+"""File inside an imported checkpoint that says what it was made from; its presence means that it is complete."""
+
+
+@contextmanager
+def complete_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, renamed to `target` when the block ends well and removed when it does not.
+
+    An existing `target` is replaced only then, so a failed attempt leaves the previous one as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def nemo_model_classes(model_type: str) -> tuple[type, type]:
+    """NeMo's model and configuration class for a Hugging Face `model_type`.
+
+    Raises:
+        ValueError: NeMo 2.7.3 cannot convert this family in both directions.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(f"model.hf: model_type {model_type!r} is not supported; allowed: {', '.join(sorted(FAMILIES))}")
+    from nemo.collections import llm
+
+    model, config = FAMILIES[model_type]
+    return getattr(llm, model), getattr(llm, config)
+
+
+def hf_folder(name: str, trust_remote_code: bool = False) -> Path:
+    """The local folder of a Hugging Face model: `name` itself, or its snapshot in the cache (downloaded if needed).
+
+    Raises:
+        ValueError: `name` is neither a folder with a config.json nor a model that can be had.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model.hf: {name} has no config.json; expected a folder written by save_pretrained")
+        return folder.resolve()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except Exception as error:  # one message for: no network, no such name, no permission
+        raise ValueError(f"model.hf: {name!r} is no local folder and could not be downloaded ({error})") from error
+
+
+def save_hf_files(source: Path, tokenizer: str | None, target: Path, trust_remote_code: bool) -> None:
+    """Write the configuration, generation configuration and tokenizer of `source` to `target`, without weights."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).save_pretrained(target)
+    try:
+        AutoTokenizer.from_pretrained(tokenizer or source, trust_remote_code=trust_remote_code).save_pretrained(target)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.tokenizer: {tokenizer or source} holds no tokenizer ({error})") from error
+    # NeMo's importers read it unconditionally; a model without one gets the empty default.
+    if (source / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(source).save_pretrained(target)
+    else:
+        GenerationConfig().save_pretrained(target)
+
+
+def _importer(source: Path, hf_files: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+    """NeMo's importer of the family of `source`, with the tokenizer taken from `hf_files`, and the model class."""
+    from transformers import AutoConfig
+
+    hf_config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    model_class, _ = nemo_model_classes(hf_config.model_type)
+    base = type(model_class.importer(f"hf://{source}"))  # type: ignore[attr-defined]
+
+    class Importer(base):  # type: ignore[misc, valid-type]
+        def save_hf_tokenizer_assets(self, tokenizer_name_or_path: str, save_path: str = "") -> str:
+            # NeMo 2.7.3 lightning/io/connector.py: /tmp/nemo_tokenizer, trust_remote_code=True.
+            return str(hf_files)
+
+        @property
+        def config(self) -> Any:
+            config = super().config
+            # Qwen3's importer leaves out the head size, which is not hidden_size / heads there (qwen3.py:305).
+            head_dim = getattr(hf_config, "head_dim", None)
+            if head_dim is not None:
+                config.kv_channels = head_dim
+            return config
+
+    return Importer(str(source)), model_class
+
+
+def convert_to_nemo(source: Path, output: Path, tokenizer: str | None = None, trust_remote_code: bool = False) -> Path:
+    """Convert the Hugging Face model in `source` to a NeMo checkpoint `output`. One process, no GPU needed.
+
+    The weights keep their dtype. `output` also gets a folder `hf/` with configuration and tokenizer.
+
+    Raises:
+        ValueError: no such model, no tokenizer, a family NeMo cannot convert, or a tokenizer with more tokens than the
+            model has rows.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    with complete_folder(output) as folder:
+        hf_files = folder / HF_FILES
+        save_hf_files(source, tokenizer, hf_files, trust_remote_code)
+        vocab_size = AutoConfig.from_pretrained(hf_files).vocab_size
+        tokens = len(AutoTokenizer.from_pretrained(hf_files))
+        if tokens > vocab_size:
+            raise ValueError(
+                f"model.tokenizer: {tokens} tokens, but the model has {vocab_size} rows (vocab_size); "
+                f"a label above them has no logit"
+            )
+        # The context that NeMo saves with the model records the tokenizer's folder, so it needs its final name.
+        importer, _ = _importer(source, hf_files, trust_remote_code)
+        importer.apply(folder)
+        manifest = {"source": str(source), "vocab_size": vocab_size, "tokens": tokens}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return output
+
+
+def convert_to_hf(checkpoint: Path, output: Path, hf_files: Path) -> Path:
+    """Convert a NeMo checkpoint to a Hugging Face folder that `transformers` loads. One process, no GPU needed.
+
+    checkpoint: a folder with `weights/` and `context/`, as NeMo saves it.
+    hf_files: a folder with the configuration and tokenizer of the model that was imported; the export carries them
+        unchanged (but for the dtype).
+
+    Raises:
+        ValueError: `checkpoint` is no NeMo checkpoint, or `hf_files` has no config.json.
+    """
+    for needed in ("weights", "context"):
+        if not (checkpoint / needed).is_dir():
+            raise ValueError(f"checkpoint: {checkpoint} has no {needed}/ folder; expected one that NeMo saved")
+    if not (hf_files / "config.json").is_file():
+        raise ValueError(f"hf: {hf_files} has no config.json; give the folder of the model that was imported")
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    hf_config = AutoConfig.from_pretrained(hf_files)
+    model_class, _ = nemo_model_classes(hf_config.model_type)
+    base = type(model_class.exporter("hf", checkpoint))  # type: ignore[attr-defined]
+
+    class Exporter(base):  # type: ignore[misc, valid-type]
+        @property
+        def config(self) -> Any:
+            return hf_config
+
+    with complete_folder(output) as folder:
+        Exporter(str(checkpoint)).apply(folder)
+        AutoTokenizer.from_pretrained(hf_files).save_pretrained(folder)
+        if (hf_files / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(hf_files).save_pretrained(folder)
+    return output
+
+
+def run_in_own_process(arguments: list[str], backend: str) -> None:
+    """Run `python -m nemo_eaft.convert` with `arguments` and wait.
+
+    Raises:
+        ValueError: the user's input was wrong (exit code 2); the message is the child's.
+        RuntimeError: it failed otherwise.
+    """
+    command = [sys.executable, "-m", "nemo_eaft.convert", "--backend", backend, *arguments]
+    # A conversion is one process whatever job it is called from.
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    done = subprocess.run(command, env=inherited, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode == 2:
+        raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("nemo_eaft.convert: "))
+    if done.returncode:
+        raise RuntimeError(f"conversion failed (exit code {done.returncode}):\n{done.stderr[-4000:]}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the conversion process: `to-nemo SOURCE OUTPUT` or `to-hf CHECKPOINT OUTPUT HF_FILES`."""
+    parser = argparse.ArgumentParser(prog="nemo_eaft.convert")
+    parser.add_argument("--backend", choices=("cuda", "cpu"), default="cuda")
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_nemo = commands.add_parser("to-nemo")
+    to_nemo.add_argument("source")
+    to_nemo.add_argument("output", type=Path)
+    to_nemo.add_argument("--tokenizer")
+    to_nemo.add_argument("--trust-remote-code", action="store_true")
+    to_hf = commands.add_parser("to-hf")
+    to_hf.add_argument("checkpoint", type=Path)
+    to_hf.add_argument("output", type=Path)
+    to_hf.add_argument("hf_files", type=Path)
+    arguments = parser.parse_args(argv)
+    if arguments.backend == "cpu":
+        import nemo_eaft.cpu
+
+        nemo_eaft.cpu.enable()
+    try:
+        if arguments.command == "to-nemo":
+            source = hf_folder(arguments.source)
+            convert_to_nemo(source, arguments.output, arguments.tokenizer, arguments.trust_remote_code)
+        else:
+            convert_to_hf(arguments.checkpoint, arguments.output, arguments.hf_files)
+    except ValueError as error:
+        print(f"nemo_eaft.convert: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

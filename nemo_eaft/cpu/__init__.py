@@ -1,0 +1,78 @@
+"""Real NeMo and real Megatron-Core on a machine with no GPU.
+
+`enable()` makes CUDA assumptions of the upstream libraries mean the CPU, one commented patch for each (see
+`torch_cuda.py`, `megatron_patches.py`, `nemo_patches.py`), and gives Megatron's local layer specification what it
+lacks: a norm for sequence parallelism and attention over packed sequences. Collectives run on gloo. Nothing else in
+nemo_eaft knows about this package.
+
+    import nemo_eaft.cpu
+    nemo_eaft.cpu.enable()      # before NeMo or Megatron-Core is imported
+"""
+
+from __future__ import annotations
+
+import sys
+
+from nemo_eaft.cpu.patch import Patch, PatchSet
+
+_APPLIED = PatchSet()
+_WAS_ENABLED = False
+
+MEGATRON_VERSION = "0.15"
+NEMO_VERSION = "2.7"
+
+
+def is_enabled() -> bool:
+    """Whether the patches are in force in this process."""
+    return bool(_APPLIED.applied)
+
+
+def applied_patches() -> list[Patch]:
+    """The patches in force, oldest first; each says which upstream assumption it answers."""
+    return _APPLIED.applied
+
+
+def enable() -> None:
+    """Let NeMo and Megatron-Core import, train, save, resume and convert on the CPU of this process.
+
+    A second call does nothing. `disable` undoes it.
+
+    Raises:
+        RuntimeError: a CUDA device is available; NeMo or Megatron-Core was imported before the first call (they take
+            some of the patched names by value); or their version is not one this was written for.
+    """
+    global _WAS_ENABLED
+    if is_enabled():
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "nemo_eaft.cpu.enable(): a CUDA device is available. The CPU backend is for machines without one; "
+            "set run.backend=cuda, or hide the devices with CUDA_VISIBLE_DEVICES=''."
+        )
+    early = [name for name in ("megatron.core", "nemo") if name in sys.modules]
+    if early and not _WAS_ENABLED:
+        raise RuntimeError(
+            f"nemo_eaft.cpu.enable() must run before {' and '.join(early)} is imported: put it at the top of the script."
+        )
+
+    from nemo_eaft.cpu import torch_cuda
+
+    try:
+        _APPLIED.apply(torch_cuda.patches())
+        # Imported only now: they read torch.cuda names while they load.
+        from nemo_eaft.cpu import megatron_patches, nemo_patches
+
+        _APPLIED.apply(megatron_patches.patches())
+        _APPLIED.apply(nemo_patches.patches())
+    except BaseException:
+        _APPLIED.undo()
+        raise
+    _WAS_ENABLED = True
+    print("nemo_eaft: CPU backend on (real NeMo and Megatron-Core, gloo, no GPU)", file=sys.stderr, flush=True)
+
+
+def disable() -> None:
+    """Undo `enable`. Objects that were built meanwhile keep what they were built with."""
+    _APPLIED.undo()

@@ -1,0 +1,120 @@
+"""Patches of Megatron-Core 0.15.3, one for each assumption that a GPU and its fused kernels are there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import megatron.core
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_eaft.cpu import MEGATRON_VERSION
+from nemo_eaft.cpu.attention import with_extra_state, with_packed_sequences
+from nemo_eaft.cpu.norm import build_norm
+from nemo_eaft.cpu.patch import Patch
+
+# Fields of TransformerConfig that select a CUDA, Apex or torch.compile kernel.
+_FUSIONS = (
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "persist_layer_norm",
+)
+
+
+def _without_fusions(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+    def wrapped(self: TransformerConfig) -> None:
+        for field in _FUSIONS:
+            if hasattr(self, field):
+                setattr(self, field, False)
+        post_init(self)
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def _fork(
+    self: megatron_random.CudaRNGStatesTracker, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME
+) -> Iterator[None]:
+    """Draw from the tracked stream `name`, then return to the stream that was in use."""
+    if name not in self.states_:
+        raise RuntimeError(f"random state {name!r} was not added; it is seeded when NeMo sets up model parallelism")
+    before = torch.get_rng_state()
+    torch.set_rng_state(self.states_[name])
+    try:
+        yield
+    finally:
+        self.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(before)
+
+
+def patches() -> list[Patch]:
+    """The patches of Megatron-Core. RuntimeError where its version is not the one that was read."""
+    if not megatron.core.__version__.startswith(MEGATRON_VERSION):
+        raise RuntimeError(
+            f"the CPU backend was written for megatron-core {MEGATRON_VERSION}.x, found {megatron.core.__version__}"
+        )
+    return [
+        Patch(
+            owner=TransformerConfig,
+            name="__post_init__",
+            value=_without_fusions(TransformerConfig.__post_init__),
+            reason="fused kernels are on by default (transformer/transformer_config.py) and need CUDA, Apex or a compiler",
+        ),
+        Patch(
+            owner=WrappedTorchNorm,
+            name="__new__",
+            value=staticmethod(build_norm),
+            reason="torch norms refuse sequence parallelism and lack TE's extra state (transformer/torch_norm.py)",
+        ),
+        Patch(
+            owner=DotProductAttention,
+            name="forward",
+            value=with_packed_sequences(DotProductAttention.forward),
+            reason="packed sequences are left to Transformer Engine (transformer/dot_product_attention.py:143)",
+        ),
+        Patch(
+            owner=DotProductAttention,
+            name="sharded_state_dict",
+            value=with_extra_state(DotProductAttention.sharded_state_dict),
+            reason="TEDotProductAttention finds an _extra_state in every checkpoint (extensions/transformer_engine.py)",
+        ),
+        Patch(
+            owner=DotProductAttention,
+            name="get_extra_state",
+            value=lambda self: None,
+            reason="the entry above has to survive Module.state_dict and load_state_dict",
+        ),
+        Patch(
+            owner=DotProductAttention,
+            name="set_extra_state",
+            value=lambda self, state: None,
+            reason="a Transformer Engine checkpoint may hold FP8 metadata there, which means nothing on the CPU",
+        ),
+        Patch(
+            owner=megatron_random,
+            name="_get_cuda_rng_state",
+            value=lambda *_, **__: torch.get_rng_state(),
+            reason="activation recompute saves the device's random state (tensor_parallel/random.py:41)",
+        ),
+        Patch(
+            owner=megatron_random,
+            name="_set_cuda_rng_state",
+            value=lambda state, *_, **__: torch.set_rng_state(state),
+            reason="as _get_cuda_rng_state (tensor_parallel/random.py:74)",
+        ),
+        Patch(
+            owner=megatron_random.CudaRNGStatesTracker,
+            name="fork",
+            value=_fork,
+            reason="fork() warns when the host generator moves, which here it always does (tensor_parallel/random.py:204)",
+        ),
+    ]

@@ -1,0 +1,70 @@
+"""Patches of NeMo 2.7.3, one for each assumption that a GPU and Transformer Engine are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import nemo
+from megatron.core import tensor_parallel
+from megatron.core.parallel_state import get_pipeline_model_parallel_rank
+from nemo.lightning import io, megatron_init
+from nemo.lightning.io import pl as io_pl
+
+from nemo_eaft.cpu import NEMO_VERSION
+from nemo_eaft.cpu.patch import Patch
+
+# Norm weights as Transformer Engine's fused layers name them -> as the local specification does.
+_LOCAL_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def _local_name(name: str) -> str:
+    for fused, local in _LOCAL_NAMES.items():
+        name = name.replace(fused, local)
+    return name
+
+
+def _with_local_names(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(source: Any, target: Any, mapping: dict[str, str], *args: Any, **kwargs: Any) -> Any:
+        # Megatron's side is the source of an export and the target of an import; Hugging Face names hold no match.
+        local = {_local_name(key): _local_name(value) for key, value in mapping.items()}
+        return apply_transforms(source, target, local, *args, **kwargs)
+
+    return wrapped
+
+
+def _with_model_parallel_seed(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
+    def wrapped(seed: int) -> None:
+        set_random_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * get_pipeline_model_parallel_rank())
+
+    return wrapped
+
+
+def patches() -> list[Patch]:
+    """The patches of NeMo. RuntimeError where its version is not the one that was read."""
+    if not nemo.__version__.startswith(NEMO_VERSION):
+        raise RuntimeError(f"the CPU backend was written for nemo_toolkit {NEMO_VERSION}.x, found {nemo.__version__}")
+    return [
+        Patch(
+            owner=io,
+            name="apply_transforms",
+            value=_with_local_names(io.apply_transforms),
+            reason="Hugging Face import and export use Transformer Engine's names (collections/llm/gpt/model/*.py)",
+        ),
+        Patch(
+            owner=io_pl,
+            name="_fix_tensors_device",
+            value=lambda checkpoint: checkpoint,
+            reason="asserts that CUDA is initialised before it moves tensors to the GPU (lightning/io/pl.py:493)",
+        ),
+        Patch(
+            owner=megatron_init,
+            name="_set_random_seed",
+            value=_with_model_parallel_seed(megatron_init._set_random_seed),
+            reason="seeds the model-parallel generators only where a GPU is counted (lightning/megatron_init.py:238)",
+        ),
+    ]

@@ -1,0 +1,118 @@
+"""NeMo's data module on the rows that :func:`nemo_eaft.data.prepare` wrote."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.collections.llm.gpt.data.core import GPTSFTChatDataset
+from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
+from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
+
+from nemo_eaft.data.packing import PACKED_NAMES, metadata_path
+from nemo_eaft.data.prepare import PreparedData
+from nemo_eaft.settings import Settings
+
+
+class TokenRows(GPTSFTChatDataset):
+    """NeMo's chat data set on rows that are tokens already: sampling, padding and collating are NeMo's.
+
+    Why the tokens do not come from NeMo: see :mod:`nemo_eaft.data.chat`.
+    """
+
+    def _process_example(self, example: dict[str, Any]) -> dict[str, Any]:
+        input_ids = torch.tensor(example["input_ids"], dtype=torch.long)
+        loss_mask = torch.zeros(len(input_ids), dtype=torch.bool)
+        for start, end in example["answers"]:
+            loss_mask[start:end] = True
+        context = example["answers"][-1][0]
+        return {
+            "input_ids": input_ids,
+            "loss_mask": loss_mask,
+            "context_ids": input_ids[:context],
+            "answer_ids": input_ids[context:],
+            "metadata": {},
+        }
+
+
+class PreparedDataModule(FineTuningDataModule):
+    """NeMo's fine-tuning data module, reading token rows or packs that lie ready.
+
+    NeMo does not record data modules in a checkpoint, so loading one needs no ``nemo_eaft``.
+    """
+
+    def prepare_data(self) -> None:
+        """Nothing is left to do: the rows were packed before, with a seed and only once."""
+
+    def _create_dataset(
+        self, path: str | Path, pack_metadata_path: Path | None = None, is_test: bool = False, **kwargs: Any
+    ) -> Any:
+        if Path(path).suffix == ".npy":
+            # NeMo keeps one metadata file for both packs and appends to it; here each pack has its own.
+            return super()._create_dataset(path, metadata_path(Path(path)), is_test, **kwargs)
+        return TokenRows(
+            file_path=str(path),
+            tokenizer=self.tokenizer,
+            max_seq_length=self.seq_length,
+            memmap_workers=self.memmap_workers,
+            seed=self.seed,
+            is_test=is_test,
+            **kwargs,
+        )
+
+
+def data_module(settings: Settings, prepared: PreparedData, tokenizer: Any) -> FineTuningDataModule:
+    """Build the data module, on every rank alike.
+
+    Args:
+        settings: the run.
+        prepared: what :func:`nemo_eaft.data.prepare` returned or :func:`load_prepared` read.
+        tokenizer: NeMo's ``AutoTokenizer`` of the model. ``tokenizer="model"`` of ``llm.finetune`` is fine
+        too.
+    """
+    trainer, parallel = settings.trainer, settings.parallel
+    # NeMo pads a batch to a multiple of 16 tokens; where the ranks need another multiple, to the full length.
+    unit = (
+        max(parallel.tensor if parallel.sequence else 1, 1),
+        2 * parallel.context if parallel.context > 1 else 1,
+    )
+    kwargs: dict[str, Any] = {"pad_to_max_length": any(16 % part for part in unit)}
+    if settings.run.backend == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
+        # Transformer Engine makes the causal mask itself; a dense one would cost seq_length ** 2 bytes a row.
+        kwargs["get_attention_mask_from_fusion"] = True
+    common: dict[str, Any] = {
+        "dataset_root": prepared.root,
+        "seq_length": trainer.seq_length,
+        "tokenizer": tokenizer,
+        "micro_batch_size": trainer.micro_batch_size,
+        "global_batch_size": trainer.global_batch_size,
+        "seed": trainer.seed,
+        "num_workers": settings.data.num_workers,
+        "persistent_workers": settings.data.num_workers > 0,
+        "pin_memory": settings.run.backend == "cuda",
+    }
+    if prepared.packed:
+        specs = PackedSequenceSpecs(
+            packed_sequence_size=settings.data.packed_size or trainer.seq_length,
+            tokenizer_model_name="prepared",
+            packed_train_data_path=str(Path(prepared.root) / PACKED_NAMES["train"]),
+            packed_val_data_path=(
+                str(Path(prepared.root) / PACKED_NAMES["validation"]) if prepared.validation_rows else None
+            ),
+        )
+        kwargs.pop("get_attention_mask_from_fusion", None)  # packs carry row boundaries instead of a mask
+        return PreparedDataModule(**common, packed_sequence_specs=specs, dataset_kwargs=kwargs)
+    if prepared.kind == "chat":
+        return PreparedDataModule(**common, dataset_kwargs=kwargs)
+    # NeMo un-escapes the template, which would garble anything but ASCII.
+    kwargs["prompt_template"] = settings.data.prompt_template.encode("unicode_escape").decode("ascii")
+    return FineTuningDataModule(**common, dataset_kwargs=kwargs)
+
+
+def load_prepared(settings: Settings) -> PreparedData:
+    """What another rank's :func:`nemo_eaft.data.prepare` wrote to ``run.dir``."""
+    path = Path(settings.run.dir) / "data" / "prepared.json"
+    return PreparedData(**json.loads(path.read_text())["prepared"])

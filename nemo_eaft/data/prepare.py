@@ -1,0 +1,273 @@
+"""Read, check and write the rows of a run, once, before any rank trains.
+
+Into ``run.dir/data`` go ``training.jsonl`` and ``validation.jsonl``, the names NeMo's data modules look for.
+A pair row keeps its text. A chat row becomes token ids with the ranges of its answers. Packed rows become
+NeMo's ``.npy`` files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nemo_eaft.atomic import replacing
+from nemo_eaft.data.chat import check_template, tokenize_chat
+from nemo_eaft.data.packing import PACKED_NAMES, pack
+from nemo_eaft.data.rows import Row, RowError, Source
+from nemo_eaft.data.tokens import Tokens, tokenize_pair
+from nemo_eaft.settings import Settings
+
+_log = logging.getLogger(__name__)
+_FORMAT = 1  # raise when what is written changes, so that files of an older version are written anew
+_SHOWN = 10
+_NAMES = {"train": "training.jsonl", "validation": "validation.jsonl"}
+
+Kind = Literal["chat", "pair"]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What :func:`prepare` wrote. Row and token counts are of the rows kept."""
+
+    root: str
+    """The folder, for NeMo's ``dataset_root``."""
+    kind: Kind
+    """``chat``: rows of token ids; ``pair``: rows of ``input``/``output`` text."""
+    packed: bool
+    """Whether ``training_packed.npy`` (and ``validation_packed.npy``) take the place of the rows."""
+    train_rows: int
+    train_samples: int
+    """Sequences that can be drawn: rows, or packs."""
+    train_answer_tokens: int
+    """Tokens in the loss, in all rows."""
+    train_skipped: int
+    validation_rows: int = 0
+    validation_samples: int = 0
+    validation_answer_tokens: int = 0
+    validation_skipped: int = 0
+    longest: int = 0
+    """Tokens of the longest row."""
+
+
+def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
+    """Write the rows NeMo will read, or find them written already.
+
+    One process at a time may call this for a ``run.dir``. Nothing is written unless every row passed, and a
+    run that dies half-way leaves no file that a later one would take for whole.
+
+    Args:
+        settings: the run; ``data``, ``trainer.seq_length``, ``trainer.seed`` and ``run.dir`` matter.
+        tokenizer: the Hugging Face tokenizer of the model.
+
+    Raises:
+        ValueError: no rows, rows that cannot be used (the first ten by file and line, and how many there
+        are), a
+            tokenizer that cannot be used, or fewer validation rows than one global batch.
+    """
+    sources = {"train": Source("data.train", settings.data.train, settings.data.train_split)}
+    if settings.data.validation is not None:
+        name, split = settings.data.validation, settings.data.validation_split
+        sources["validation"] = Source("data.validation", name, split)
+    for source in sources.values():
+        source.check()
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token (eos_token)"
+        )
+    root = Path(settings.run.dir) / "data"
+    identity = _identity(settings, tokenizer, sources)
+    found = _already(root, identity)
+    if found is not None:
+        return found
+    kinds = {part: _kind(source) for part, source in sources.items()}
+    kind = kinds["train"]
+    if kinds.get("validation", kind) != kind:
+        raise ValueError(
+            f"data.validation={settings.data.validation} holds {kinds['validation']} rows, but data.train="
+            f"{settings.data.train} holds {kind} rows: both must be of one kind"
+        )
+    if kind == "chat":
+        check_template(tokenizer)
+    root.mkdir(parents=True, exist_ok=True)
+    _forget(root)
+    counts: dict[str, Any] = {"longest": 0}
+    for part, source in sources.items():
+        part_counts = _write(settings, tokenizer, source, part, kind, root)
+        counts["longest"] = max(counts["longest"], part_counts.pop("longest"))
+        counts |= {f"{part}_{name}": value for name, value in part_counts.items()}
+    prepared = PreparedData(root=str(root), kind=kind, packed=settings.data.packed, **counts)
+    _check_validation(settings, prepared)
+    with replacing(root / "prepared.json") as temporary:
+        temporary.write_text(json.dumps({"identity": identity, "prepared": asdict(prepared)}, indent=1))
+    return prepared
+
+
+def _write(
+    settings: Settings, tokenizer: Any, source: Source, part: str, kind: Kind, root: Path
+) -> dict[str, int]:
+    limit = settings.data.validation_rows if part == "validation" else None
+    counts = {"rows": 0, "answer_tokens": 0, "skipped": 0, "longest": 0}
+    bad: list[str] = []
+    kept: list[Tokens] = []
+    with replacing(root / _NAMES[part]) as temporary:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for row, tokens in _tokenized(settings, tokenizer, source, kind):
+                if isinstance(tokens, str):
+                    counts["skipped"] += 1
+                    if len(bad) < _SHOWN:
+                        bad.append(f"  {row.where}: {tokens}")
+                    continue
+                counts["rows"] += 1
+                counts["answer_tokens"] += sum(end - start for start, end in tokens.answers)
+                counts["longest"] = max(counts["longest"], len(tokens.input_ids))
+                file.write(json.dumps(_line(row, tokens, kind)) + "\n")
+                if settings.data.packed:
+                    kept.append(tokens)
+                if counts["rows"] == limit:
+                    break
+        _report(settings, source, counts, bad)
+    counts["samples"] = counts["rows"]
+    if settings.data.packed:
+        size = settings.data.packed_size or settings.trainer.seq_length
+        counts["samples"] = pack(
+            kept, root / PACKED_NAMES[part], size, tokenizer.eos_token_id, settings.trainer.seed
+        )
+    return counts
+
+
+def _line(row: Row, tokens: Tokens, kind: Kind) -> dict[str, Any]:
+    if kind == "chat":
+        return {"input_ids": tokens.input_ids, "answers": tokens.answers}
+    return {"input": row.values["input"], "output": row.values["output"]}
+
+
+def _tokenized(
+    settings: Settings, tokenizer: Any, source: Source, kind: Kind
+) -> Iterator[tuple[Row, Tokens | str]]:
+    """Every row with its tokens, or with the reason why it cannot be used."""
+    longest = settings.trainer.seq_length
+    for row in source.rows():
+        if row.error is not None:
+            yield row, row.error
+            continue
+        try:
+            if kind == "chat":
+                tokens = tokenize_chat(tokenizer, row.values)
+            else:
+                tokens = tokenize_pair(tokenizer, settings.data.prompt_template, row.values)
+        except RowError as error:
+            yield row, str(error)
+            continue
+        if len(tokens.input_ids) > longest:
+            yield (
+                row,
+                f"{len(tokens.input_ids)} tokens, trainer.seq_length={longest} allows no more than that",
+            )
+        else:
+            yield row, tokens
+
+
+def _report(settings: Settings, source: Source, counts: dict[str, int], bad: list[str]) -> None:
+    total = counts["rows"] + counts["skipped"]
+    if total == 0:
+        raise ValueError(f"{source.key}={source.name}: there are no rows")
+    if not counts["skipped"]:
+        return
+    more = counts["skipped"] - len(bad)
+    listed = "\n".join([*bad, f"  and {more} more"] if more else bad)
+    said = f"{source.key}={source.name}: {counts['skipped']} of {total} rows cannot be used\n{listed}"
+    if settings.data.on_bad_row == "error":
+        raise ValueError(f"{said}\n(data.on_bad_row=skip leaves such rows out)")
+    if counts["rows"] == 0:
+        raise ValueError(said)
+    _log.warning("%s\n  left out because data.on_bad_row=skip", said)
+
+
+def _kind(source: Source) -> Kind:
+    """The kind of a source, by the first row that can be read."""
+    first_error = None
+    for row in source.rows():
+        if row.error is None:
+            if "messages" in row.values:
+                return "chat"
+            if "input" in row.values and "output" in row.values:
+                return "pair"
+            raise ValueError(
+                f"{source.key}={source.name}: {row.where} has the keys {', '.join(row.values) or 'none'}; a "
+                f"row needs "
+                f"'messages', or 'input' and 'output'"
+            )
+        first_error = first_error or f"{row.where}: {row.error}"
+    why = f"no row can be read, the first is {first_error}" if first_error else "there are no rows"
+    raise ValueError(f"{source.key}={source.name}: {why}")
+
+
+def _check_validation(settings: Settings, prepared: PreparedData) -> None:
+    batch, samples = settings.trainer.global_batch_size, prepared.validation_samples
+    if settings.data.validation is None or not settings.trainer.val_every:
+        return
+    what = "packed sequences" if prepared.packed else "rows"
+    if samples < batch:
+        raise ValueError(
+            f"data.validation={settings.data.validation} gives {samples} {what}, fewer than one batch of "
+            f"trainer.global_batch_size={batch}: NeMo leaves incomplete batches out, so nothing would be "
+            f"validated. "
+            f"Give more rows, or set trainer.val_every=0"
+        )
+    used = min(settings.trainer.val_batches, samples // batch) * batch
+    if used < samples:
+        _log.warning(
+            "data.validation: %d of %d %s are used (trainer.val_batches=%d batches of %d; NeMo leaves an "
+            "incomplete "
+            "batch out)", used, samples, what, settings.trainer.val_batches, batch,
+        )  # fmt: skip
+
+
+def _identity(settings: Settings, tokenizer: Any, sources: dict[str, Source]) -> dict[str, Any]:
+    """What the written files depend on. Equal to itself after a round trip through JSON."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spelled = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    digest = hashlib.sha256(
+        f"{spelled}\0{tokenizer.chat_template}\0{tokenizer.eos_token}".encode()
+    ).hexdigest()
+    data, trainer = settings.data, settings.trainer
+    return {
+        "format": _FORMAT,
+        "sources": {part: source.identity() for part, source in sources.items()},
+        "tokenizer": digest,
+        "seq_length": trainer.seq_length,
+        "prompt_template": data.prompt_template,
+        "validation_rows": data.validation_rows,
+        "packed": [data.packed, data.packed_size, trainer.seed] if data.packed else [],
+        # A source with bad rows is refused under one and shortened under the other.
+        "on_bad_row": data.on_bad_row,
+        "validation": [trainer.global_batch_size, trainer.val_every, trainer.val_batches],
+    }
+
+
+def _already(root: Path, identity: dict[str, Any]) -> PreparedData | None:
+    try:
+        written = json.loads((root / "prepared.json").read_text())
+        if written["identity"] != identity:
+            return None
+        prepared = PreparedData(**written["prepared"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    names = PACKED_NAMES if prepared.packed else _NAMES
+    needed = [names[part] for part in identity["sources"]]
+    if prepared.root != str(root) or not all((root / name).is_file() for name in needed):
+        return None
+    return prepared
+
+
+def _forget(root: Path) -> None:
+    """Remove what an earlier preparation left, NeMo's indices of its files above all: NeMo would trust
+    them."""
+    (root / "prepared.json").unlink(missing_ok=True)
+    for name in (*_NAMES.values(), *PACKED_NAMES.values()):
+        for path in root.glob(f"{name}*"):
+            path.unlink()

@@ -1,0 +1,127 @@
+"""Reading rows one by one, each with the place it came from, so that a bad one can be named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class RowError(ValueError):
+    """Why one row cannot be used. The place is added by whoever knows it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, or the reason why it could not be read."""
+
+    where: str
+    """``file:line``, or ``name[split]:row`` for a data set; both count from 1."""
+    values: dict[str, Any]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Args:
+        key: the setting that named it, for messages: ``data.train``.
+        name: a ``.jsonl`` file, a folder, or the name of a data set.
+        split: used where ``name`` is no file.
+    """
+
+    key: str
+    name: str
+    split: str
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the name means a file (which may be missing), not a data set."""
+        path = Path(self.name)
+        return path.is_file() or (path.suffix in (".jsonl", ".json") and not path.is_dir())
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if there is nothing to read; touches no network."""
+        path = Path(self.name)
+        if self.is_file:
+            if not path.is_file():
+                raise ValueError(f"{self.key}={self.name}: no such file")
+            if path.suffix not in (".jsonl", ".json"):
+                raise ValueError(f"{self.key}={self.name}: a file must be .jsonl, one JSON object a line")
+            if path.stat().st_size == 0:
+                raise ValueError(f"{self.key}={self.name}: the file is empty")
+        elif path.is_absolute() and not path.exists():
+            raise ValueError(f"{self.key}={self.name}: no such file or folder")
+
+    def identity(self) -> dict[str, Any]:
+        """What must be unchanged for rows read earlier to be those of now."""
+        if self.is_file:
+            stat = Path(self.name).stat()
+            return {
+                "file": str(Path(self.name).resolve()),
+                "size": stat.st_size,
+                "mtime_ns": stat.st_mtime_ns,
+            }
+        return {"dataset": self.name, "split": self.split, "fingerprint": self._dataset()._fingerprint}
+
+    def rows(self) -> Iterator[Row]:
+        """Yield every row, one at a time, never the whole file at once.
+
+        Raises:
+            ValueError: nothing can be read at all. One bad row never raises: it comes with its ``error``.
+        """
+        self.check()
+        return self._jsonl() if self.is_file else self._records()
+
+    def _jsonl(self) -> Iterator[Row]:
+        path = Path(self.name)
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                where = f"{path.name}:{number}"
+                try:
+                    # A byte order mark, which some editors write, is no part of the first row.
+                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    yield Row(where, {}, f"not UTF-8 at byte {error.start + 1} of the line")
+                    continue
+                if not text.strip():
+                    continue
+                try:
+                    values = json.loads(text)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    yield Row(where, {}, f"not JSON: {error}")
+                    continue
+                if not isinstance(values, dict):
+                    yield Row(where, {}, f"must be a JSON object, got {type(values).__name__}")
+                    continue
+                yield Row(where, values)
+
+    def _records(self) -> Iterator[Row]:
+        for number, values in enumerate(self._dataset(), start=1):
+            yield Row(f"{self.name}[{self.split}]:{number}", dict(values))
+
+    def _dataset(self) -> Any:
+        import datasets
+
+        path = Path(self.name)
+        try:
+            if path.is_dir() and any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+                loaded = datasets.load_from_disk(str(path))
+                if isinstance(loaded, datasets.DatasetDict):
+                    if self.split not in loaded:
+                        there = ", ".join(loaded)
+                        raise ValueError(f"{self.key}={self.name}: no split {self.split}; there are {there}")
+                    loaded = loaded[self.split]
+                return loaded
+            return datasets.load_dataset(self.name, split=self.split)
+        except ValueError as error:
+            raise ValueError(f"{self.key}={self.name}, split {self.split}: {error}") from error
+        except Exception as error:
+            # datasets raises many unrelated types for what is one thing to the user: it is not there.
+            raise ValueError(
+                f"{self.key}={self.name} is neither a .jsonl file nor a data set that can be read: "
+                f"{type(error).__name__}: {error}"
+            ) from error

@@ -1,0 +1,134 @@
+"""Every torch.distributed call of the package, each as one small named function.
+
+All ranks of a group run each function unconditionally, whatever their data: a branch on values around a
+collective hangs the job. ``None`` for a group means one rank, and then nothing is sent.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def sum_over_data_and_broadcast_over_pipeline(
+    vector: Tensor, data_group: ProcessGroup | None, pipeline_group: ProcessGroup | None, source: int | None
+) -> Tensor:
+    """Add a vector over the data-parallel ranks, then give the last pipeline stage's result to every stage.
+
+    Two collectives, in this order, on every rank: all-reduce SUM over ``data_group`` (data x context
+    parallel, so each pipeline stage has its own), broadcast over ``pipeline_group`` from ``source``. Same
+    shape and dtype on all ranks.
+
+    Args:
+        vector: [n] float64, this rank's sums, not written to; dropped on every stage but the last.
+        data_group: ranks whose vectors are added. None: one rank.
+        pipeline_group: the stages of this rank's pipeline. None: one stage.
+        source: global rank of the last stage in ``pipeline_group``; None exactly when that is None.
+
+    Returns:
+        [n] float64, new, the same on every rank of both groups.
+    """
+    assert (pipeline_group is None) == (source is None), "a pipeline group and its source rank come together"
+    total = vector.clone()
+    if data_group is not None:
+        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=data_group)
+    if pipeline_group is not None:
+        dist.broadcast(total, src=source, group=pipeline_group)
+    return total
+
+
+def group_size(group: ProcessGroup | None) -> int:
+    """How many ranks ``group`` has; 1 for None. Sends nothing.
+
+    Raises ``ValueError`` where ``group`` is no process group or this rank is not in it.
+    """
+    if group is None:
+        return 1
+    _check_group(group)
+    return dist.get_world_size(group)
+
+
+def group_rank(group: ProcessGroup | None) -> int:
+    """This rank's place in ``group``; 0 for None. Sends nothing."""
+    if group is None:
+        return 0
+    _check_group(group)
+    return dist.get_rank(group)
+
+
+def all_gather_records(records: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Give every rank the loss records of all ranks.
+
+    One all-gather over ``group`` (tensor parallel), unconditional; none with one rank. Zero tokens are sent
+    like any other number of them.
+
+    Args:
+        records: [tokens, width] float32 or float64, contiguous, of the same shape on every rank.
+
+    Returns:
+        [ranks, tokens, width] in rank order, the same bits on every rank.
+    """
+    ranks = group_size(group)
+    if ranks == 1:
+        return records.unsqueeze(0)
+    return _gather(records, ranks, group).view(ranks, *records.shape)
+
+
+def sum_over_group(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Add a tensor over the ranks of ``group`` (tensor parallel): one all-reduce SUM in the tensor's dtype,
+    none with one rank. Overwrites and returns ``tensor``, a contiguous buffer of ours."""
+    if group_size(group) > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+    return tensor
+
+
+def gather_sequence(part: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Join the ranks' parts of a sequence: one all-gather over ``group`` (tensor parallel) in the tensor's
+    dtype, none with one rank.
+
+    Args:
+        part: [S / ranks, ...], of the same shape on every rank.
+
+    Returns:
+        [S, ...] in rank order.
+    """
+    ranks = group_size(group)
+    return part if ranks == 1 else _gather(part.contiguous(), ranks, group)
+
+
+def reduce_scatter_sequence(whole: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Add a tensor over the ranks and keep this rank's part: one reduce-scatter SUM over ``group`` (tensor
+    parallel) in the tensor's dtype, none with one rank.
+
+    Args:
+        whole: [S, ...], contiguous, of the same shape on every rank, S a multiple of the number of ranks.
+
+    Returns:
+        [S / ranks, ...], rank r's being the r-th part.
+    """
+    ranks = group_size(group)
+    if ranks == 1:
+        return whole
+    part = torch.empty(whole.shape[0] // ranks, *whole.shape[1:], dtype=whole.dtype, device=whole.device)
+    # torch 2.13 renamed both of these and warns at the old names.
+    reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    reduce_scatter(part, whole, op=dist.ReduceOp.SUM, group=group)
+    return part
+
+
+def _gather(part: Tensor, ranks: int, group: ProcessGroup | None) -> Tensor:
+    whole = torch.empty(ranks * part.shape[0], *part.shape[1:], dtype=part.dtype, device=part.device)
+    all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    all_gather(whole, part, group=group)
+    return whole
+
+
+def _check_group(group: object) -> None:
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(
+            f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}"
+        )
+    if dist.get_rank(group) < 0:
+        raise ValueError("group must contain this rank, got a group of other ranks")

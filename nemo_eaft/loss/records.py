@@ -1,0 +1,168 @@
+"""What a rank knows about each row of its shard, and how the ranks' knowledge becomes the whole row's.
+
+A record holds, per token, of the real columns z of one shard:
+
+    column 0        m    the maximum, -Inf for a shard without real columns
+    column 1        d    sum of e^(z - m)
+    column 2        z_y  the label's logit, 0 on the ranks that do not hold it
+    columns 3...    the K largest values in descending order, filled up with -Inf
+        or 3        u    sum of (z - m) e^(z - m), when the entropy is over the whole vocabulary
+
+Everything is relative to the maximum, so that no offset of the logits costs digits, the entropy ln d - u/d is
+a sum of two terms that are never negative, and a logit of -Inf contributes 0 * -Inf = 0. A NaN or +Inf makes
+d NaN and everything after it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemo_eaft.loss.rows import TokenRows, row_blocks
+from nemo_eaft.loss.shard import IGNORED, Shard
+from nemo_eaft.loss.topk import top_values
+
+_MAXIMUM, _SUM, _TARGET, _ENTROPY = 0, 1, 2, 3
+
+
+class RowStatistics(NamedTuple):
+    """The whole row's values, from all shards, each [tokens]."""
+
+    maximum: Tensor
+    """Largest logit m."""
+
+    log_sum: Tensor
+    """ln of the sum of e^(z - m), nats, at least 0. ``maximum + log_sum`` is logsumexp(z)."""
+
+    cross_entropy: Tensor
+    """logsumexp(z) - z_y, nats."""
+
+    entropy: Tensor
+    """Entropy over the K largest logits, or over the whole row, nats."""
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 logits, float32 for any other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def record_width(top_k: int | None) -> int:
+    """Numbers per token in a record."""
+    return 3 + (1 if top_k is None else top_k)
+
+
+def local_records(logits: Tensor, target: Tensor, shard: Shard, top_k: int | None) -> Tensor:
+    """One record per token of this rank's shard.
+
+    Args:
+        logits: [..., V_local], any strides; not written to. Rows of ignored tokens and padding columns take
+            no part in any arithmetic.
+        target: [tokens] int32 from ``Shard.local_targets``.
+        shard: this rank's columns.
+        top_k: K, or None for the whole vocabulary.
+
+    Returns:
+        [tokens, record_width(top_k)] of ``statistics_dtype(logits.dtype)``.
+    """
+    dtype = statistics_dtype(logits.dtype)
+    rows = TokenRows(logits)
+    records = torch.zeros(rows.tokens, record_width(top_k), dtype=dtype, device=logits.device)
+    for start, stop in row_blocks(rows.tokens, shard.columns, logits.device, dtype.itemsize):
+        if skippable(target[start:stop]):
+            continue
+        write_record(records[start:stop], rows.read(start, stop), target[start:stop], shard.columns, top_k)
+    return records
+
+
+def skippable(target: Tensor) -> bool:
+    """Whether a block of rows holds no token that counts; only asked where the answer costs no device
+    wait."""
+    return target.device.type == "cpu" and bool((target == IGNORED).all())
+
+
+def selected(block: Tensor, target: Tensor, columns: int) -> Tensor:
+    """A new tensor with a block's real columns in the statistics' dtype, and 0 in the rows that do not count.
+
+    Selected before any arithmetic, so that a NaN in such a row reaches nothing.
+    """
+    counted = (target != IGNORED).unsqueeze(-1)
+    return torch.where(counted, block[:, :columns], 0.0).to(statistics_dtype(block.dtype))
+
+
+def write_record(record: Tensor, block: Tensor, target: Tensor, columns: int, top_k: int | None) -> None:
+    """Fill the records of a few rows: [r, record_width], from [r, V_local] logits and [r] local targets."""
+    if columns == 0:
+        record[:, _MAXIMUM] = float("-inf")
+        if top_k is not None:
+            record[:, _ENTROPY:] = float("-inf")
+        return
+    z = selected(block, target, columns)
+    maximum = z.amax(dim=-1)
+    record[:, _MAXIMUM] = maximum
+    record[:, _TARGET] = target_value(z, target)
+    if top_k is not None:
+        record[:, _ENTROPY:] = top_values(z, top_k)
+    z.sub_(finite_shift(maximum).unsqueeze(-1))
+    exponential = z.exp()
+    record[:, _SUM] = exponential.sum(dim=-1)
+    if top_k is None:
+        record[:, _ENTROPY] = shifted_sum(z, exponential)
+
+
+def target_value(rows: Tensor, target: Tensor) -> Tensor:
+    """[r]: each row's value at its local target, 0 where the label is not in this shard."""
+    value = rows.gather(1, target.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
+    return torch.where(target >= 0, value, 0.0)
+
+
+def finite_shift(maximum: Tensor) -> Tensor:
+    """What to subtract before the exponential: the maximum, or 0 where it is -Inf and the difference would be
+    NaN."""
+    return torch.where(maximum == float("-inf"), 0.0, maximum)
+
+
+def shifted_sum(shifted: Tensor, exponential: Tensor) -> Tensor:
+    """Sum over the last axis of x e^x, where e^x = 0 counts as 0 even for x = -Inf."""
+    return torch.where(exponential == 0, 0.0, shifted * exponential).sum(dim=-1)
+
+
+def merge_records(records: Tensor, top_k: int | None) -> RowStatistics:
+    """Combine the records of all ranks, in rank order, so that the same records give the same bits
+    everywhere.
+
+    Args:
+        records: [ranks, tokens, record_width(top_k)].
+        top_k: K, or None for the whole vocabulary.
+    """
+    ranks = records.shape[0]
+    maxima, sums = records[..., _MAXIMUM], records[..., _SUM]
+    maximum = maxima.amax(dim=0)
+    # A shard without finite logits has m = -Inf and d = 0; its shift must stay a number for u + shift * d.
+    shift = torch.where(sums == 0, 0.0, maxima - finite_shift(maximum))
+    scale = torch.where(sums == 0, 0.0, shift.exp())
+    total = _add_in_order([sums[rank] * scale[rank] for rank in range(ranks)])
+    log_sum = total.log()
+    target = _add_in_order([records[rank, :, _TARGET] for rank in range(ranks)])
+    cross_entropy = (maximum - target) + log_sum
+    if top_k is None:
+        partial = (records[..., _ENTROPY] + shift * sums) * scale
+        entropy = log_sum - _add_in_order([partial[rank] for rank in range(ranks)]) / total
+    else:
+        values = torch.cat([records[rank, :, _ENTROPY:] for rank in range(ranks)], dim=-1)
+        entropy = entropy_of(values.topk(top_k, dim=-1).values)
+    return RowStatistics(maximum, log_sum, cross_entropy, entropy)
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    """[...] nats: the entropy of softmax over the last axis, in the shifted form ln d - u/d."""
+    shifted = logits - finite_shift(logits.amax(dim=-1, keepdim=True))
+    exponential = shifted.exp()
+    total = exponential.sum(dim=-1)
+    return total.log() - shifted_sum(shifted, exponential) / total
+
+
+def _add_in_order(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,207 @@
+"""EAFT in any Megatron-Core model: `attach` puts the loss where the model computes it, `detach` takes it out.
+
+The place is the bound method `compute_language_model_loss(labels, logits)` of the unwrapped model, shadowed by an
+attribute of the instance. Its signature is the same in megatron-core 0.12 to 0.20 (models/common/language_module/
+language_module.py); the class stays what it is, and nothing enters a state_dict, a checkpoint or a configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nemo_eaft.config import EAFTConfig
+from nemo_eaft.loss import TokenLoss, eaft_loss
+from nemo_eaft.metrics import token_sums, zero_sums
+
+_METHOD = "compute_language_model_loss"
+
+
+class AttachedLoss:
+    """The loss of one model, and what it counted since `reset`.
+
+    Created by `attach`. Call order in one forward of megatron-core 0.15.3 (models/gpt/gpt_model.py, _postprocess): one
+    call for each multi-token-prediction head, then the main call. The heads keep Megatron's own cross-entropy.
+
+    Attributes:
+        calls: main calls since `reset`, in training and validation.
+        sums: [6] float64, `metrics.token_sums` added up over those calls; None before the first.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, config: EAFTConfig, vocab_size: int, group: ProcessGroup | None, measure_only: bool
+    ) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self.measure_only = measure_only
+        self.requires_loss_mask = False
+        self.calls = 0
+        self.sums: Tensor | None = None
+        self._model = model
+        self._group = group
+        self._megatron_loss: Callable[[Tensor, Tensor], Tensor] = getattr(model, _METHOD)
+        self._loss_mask: Tensor | None = None
+        self._heads_left = 0
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        setattr(model, _METHOD, self._loss)
+
+    def set_loss_mask(self, loss_mask: Tensor | None) -> None:
+        """The loss mask [b, s] of the coming forward, for a caller that does not pass it to the model itself."""
+        self._loss_mask = loss_mask
+
+    def reset(self) -> None:
+        """Start counting anew (a new optimizer step)."""
+        self.calls = 0
+        self.sums = None
+
+    def remove(self) -> None:
+        """Give the model its own loss back."""
+        self._hook.remove()
+        del self._model.__dict__[_METHOD]
+
+    def in_place(self) -> bool:
+        """Whether the model still calls this loss: False when something else replaced it afterwards."""
+        return self._model.__dict__.get(_METHOD) == self._loss
+
+    def _before_forward(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Plain Megatron-LM and Bridge hand the mask to GPTModel.forward; NeMo's adapter calls set_loss_mask.
+        if kwargs.get("loss_mask") is not None:
+            self._loss_mask = kwargs["loss_mask"]
+        self._heads_left = (model.config.mtp_num_layers or 0) if getattr(model, "mtp_process", False) else 0
+
+    def _loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [b, s], logits [s, b, V_local] -> loss [b, s] float32, as Megatron's own method."""
+        if self._heads_left:
+            self._heads_left -= 1
+            return self._megatron_loss(labels, logits)
+        loss_mask, self._loss_mask = self._loss_mask, None
+        if loss_mask is None and self.requires_loss_mask:
+            raise RuntimeError(
+                "EAFT got no loss mask for this micro-batch: on_megatron_microbatch_start(batch) did not fire with "
+                "'loss_mask' before the forward pass (NeMo 2.7.3 nemo/lightning/megatron_parallel.py, "
+                "wrapped_forward_step)"
+            )
+        valid = labels != self.config.ignore_index
+        if loss_mask is not None:
+            _check_labels_under_mask(valid, loss_mask, self.config.ignore_index)
+            valid = valid & (loss_mask != 0)
+        config = self.config if self._model.training else self.config.plain()
+        if not (self._model.training and self.measure_only):
+            out = self._eaft(logits, labels, config, loss_mask)
+        else:
+            # Before Megatron's loss, which overwrites float32 logits (tensor_parallel/cross_entropy.py).
+            with torch.no_grad():
+                out = self._eaft(logits.detach(), labels, config, loss_mask)
+        self.calls += 1
+        so_far = zero_sums(logits.device) if self.sums is None else self.sums
+        self.sums = so_far + token_sums(out, valid.transpose(0, 1), config, self.vocab_size)
+        if self._model.training and self.measure_only:
+            return self._megatron_loss(labels, logits)
+        return out.loss.transpose(0, 1).contiguous()
+
+    def _eaft(self, logits: Tensor, labels: Tensor, config: EAFTConfig, loss_mask: Tensor | None) -> TokenLoss:
+        # Labels and mask are transposed, a view; the logits, V times larger, never are.
+        return eaft_loss(
+            logits,
+            labels.transpose(0, 1),
+            config,
+            vocab_size=self.vocab_size,
+            group=self._group,
+            loss_mask=None if loss_mask is None else loss_mask.transpose(0, 1),
+        )
+
+
+def attach(
+    model: torch.nn.Module,
+    config: EAFTConfig,
+    *,
+    vocab_size: int,
+    fused_linear: bool = False,
+    measure_only: bool = False,
+) -> AttachedLoss | None:
+    """Make `model` train with the EAFT loss; its validation loss (`model.eval()`) becomes plain cross-entropy.
+
+    model: a Megatron-Core model with `compute_language_model_loss`, bare or wrapped (Float16Module, DDP). A pipeline
+        stage without the loss (`post_process` False) is left alone, so one call in a model provider serves all stages.
+    vocab_size: the true vocabulary size V, as the Hugging Face model has it, before Megatron pads it.
+    fused_linear: output layer and loss in one; not available yet.
+    measure_only: train with Megatron's own cross-entropy, bit for bit, and only measure; validation as above.
+
+    The caller's loss function must divide by the number of valid tokens of the whole global batch
+    (`calculate_per_token_loss=True`), or the gradient depends on how the batch is cut.
+
+    Returns:
+        The attached loss, or None for a stage without one.
+
+    Raises:
+        ValueError: no such method, EAFT is attached already, or `vocab_size` is above the model's padded vocabulary.
+    """
+    if fused_linear:
+        raise ValueError("fused_linear: True; allowed: False. The fused output layer is not available in this version")
+    core = unwrap(model)
+    if not getattr(core, "post_process", True):
+        return None
+    if _METHOD in core.__dict__:
+        raise ValueError(f"model: {type(core).__name__}.{_METHOD} is replaced already; detach(model) first")
+    padded = _padded_vocab_size(core)
+    if padded is not None and not 2 <= vocab_size <= padded:
+        raise ValueError(f"vocab_size: {vocab_size}; allowed: 2 to {padded}, the model's padded vocabulary")
+    loss = AttachedLoss(core, config, vocab_size, _tensor_parallel_group(core), measure_only)
+    assert loss.in_place()
+    return loss
+
+
+def attached(model: torch.nn.Module) -> AttachedLoss | None:
+    """The loss that `attach` put on `model`, or None."""
+    owner = getattr(unwrap(model).__dict__.get(_METHOD), "__self__", None)
+    return owner if isinstance(owner, AttachedLoss) else None
+
+
+def detach(model: torch.nn.Module) -> None:
+    """Undo `attach`. A model that has none is left alone."""
+    loss = attached(model)
+    if loss is not None:
+        loss.remove()
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The Megatron-Core model inside its wrappers (DDP, Float16Module, NeMo's LightningModule).
+
+    Raises:
+        ValueError: there is none with `compute_language_model_loss`.
+    """
+    core: Any = model
+    # Looked up on the class: wrappers of NeMo forward unknown attributes to what they wrap.
+    while not hasattr(type(core), _METHOD):
+        core = getattr(core, "module", None)
+        if core is None:
+            raise ValueError(f"model: {type(model).__name__} holds no model with a method {_METHOD}(labels, logits)")
+    return core
+
+
+def _tensor_parallel_group(core: Any) -> ProcessGroup | None:
+    groups = getattr(core, "pg_collection", None)
+    if groups is not None and getattr(groups, "tp", None) is not None:
+        return groups.tp
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _padded_vocab_size(core: Any) -> int | None:
+    return getattr(core, "vocab_size", None)
+
+
+def _check_labels_under_mask(labelled: Tensor, loss_mask: Tensor, ignore_index: int) -> None:
+    """A counted token needs a label: Megatron's denominator is the mask, so an ignored one would dilute the mean."""
+    wrong = ~labelled & (loss_mask != 0)
+    message = f"labels: {ignore_index} (ignore_index) where the loss mask is 1; mask such tokens out"
+    if wrong.device.type == "cpu":
+        if wrong.any():
+            raise ValueError(f"{message} ({int(wrong.sum())} of {wrong.numel()} tokens)")
+    else:
+        torch._assert_async(~wrong.any(), message)

@@ -1,0 +1,421 @@
+"""What a run is: every setting with its type, unit, default and allowed range, and the checks between them.
+
+``conf/`` holds values, :mod:`nemo_eaft.compose` turns files and command-line overrides into one
+:class:`Settings`, and this
+file alone decides what is allowed. It imports nothing heavy, so a wrong setting is found in a fraction of a
+second.
+
+Every error is a ``ValueError`` that names the full key (``parallel.tensor``), the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+Gate = Literal["eaft", "none", "dft", "mask", "sigmoid", "stock"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model is fine-tuned."""
+
+    hf: str
+    """Hugging Face name (``Qwen/Qwen2.5-0.5B-Instruct``) or a folder in its format."""
+    imported: str | None = None
+    """Folder of the converted NeMo checkpoint. null: ``imported/<name>-<digest of the files>`` below
+    ``$NEMO_EAFT_HOME``,
+    or below ``~/.cache/nemo_eaft`` where that is not set."""
+    tokenizer: str | None = None
+    """Hugging Face name or folder of the tokenizer. null: the one of ``model.hf``."""
+    trust_remote_code: bool = False
+    """Let ``transformers`` run Python code shipped with the model."""
+
+    def __post_init__(self) -> None:
+        for key in ("hf", "imported", "tokenizer"):
+            value = getattr(self, key)
+            if value is not None and not value.strip():
+                raise ValueError(f"model.{key} is empty: give a Hugging Face name or a folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What it is trained on. Rows are ``input``/``output`` pairs or chat ``messages``."""
+
+    train: str
+    """A ``.jsonl`` file, a folder of the ``datasets`` library, or the name of a data set."""
+    validation: str | None = None
+    """As ``data.train``; null trains without validation."""
+    train_split: str = "train"
+    """Split read where ``data.train`` is not a file."""
+    validation_split: str = "validation"
+    """Split read where ``data.validation`` is not a file."""
+    validation_rows: int | None = None
+    """Validate on the first so many rows only; null: all of them."""
+    prompt_template: str = "{input} {output}"
+    """How an ``input``/``output`` row becomes text. Must hold both names and end with ``{output}``. Chat rows
+    use the chat
+    template of the tokenizer instead."""
+    packed: bool = False
+    """Pack several rows into one sequence (NeMo's packing); needs ``trainer.micro_batch_size=1``."""
+    packed_size: int | None = None
+    """Tokens in a packed sequence. null: ``trainer.seq_length``."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used (broken JSON, no answer, too long) stops the run, or is counted, reported and
+    left out."""
+    num_workers: int = 2
+    """Processes per rank that prepare batches; 0: none, the rank does it."""
+
+    def __post_init__(self) -> None:
+        for key in ("train", "validation", "train_split", "validation_split"):
+            value = getattr(self, key)
+            if value is not None and not value.strip():
+                raise ValueError(f"data.{key} is empty")
+        _at_least("data.validation_rows", self.validation_rows, 1)
+        _at_least("data.packed_size", self.packed_size, 2)
+        _at_least("data.num_workers", self.num_workers, 0)
+        template = self.prompt_template
+        if (
+            template.count("{input}") != 1
+            or template.count("{output}") != 1
+            or not template.endswith("{output}")
+        ):
+            raise ValueError(
+                f"data.prompt_template={template!r} must hold {{input}} and {{output}} once each and end "
+                f"with {{output}}"
+            )
+        if self.packed_size is not None and not self.packed:
+            warnings.warn("data.packed_size has no effect while data.packed=false", stacklevel=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What is done to the cross-entropy of each token."""
+
+    gate: Gate = "eaft"
+    """``eaft``: weight by entropy. ``dft``, ``mask``, ``sigmoid``: other weights. ``none``: weight 1 on our
+    own path, with all
+    its metrics. ``stock``: nothing is attached, the loss is Megatron's own."""
+    alpha: float = 1.0
+    """Exponent of the weight, ``(H / normalizer) ** alpha``; 0 or more. 0 gives plain fine-tuning."""
+    top_k: int | None = 20
+    """Entropy over the so many largest logits, 2 or more; null: over the whole vocabulary."""
+    normalizer: float | None = None
+    """Divides the entropy, nats. null: ``ln top_k``. 3.0 is what the released code of the paper divides
+    by."""
+    gate_slope: float = 10.0
+    """Steepness of ``gate=sigmoid``."""
+    gate_centre: float = 0.5
+    """Normalised entropy at which ``gate=sigmoid`` gives 1/2."""
+    conflict_probability: float = 0.1
+    """A confident conflict has a label probability below this, 0 to 1."""
+    conflict_entropy: float = 0.2
+    """A confident conflict has a normalised entropy below this."""
+    fused_linear: bool | Literal["auto"] = "auto"
+    """Compute output layer and loss together, without holding all logits. ``auto``: where it pays."""
+
+    def __post_init__(self) -> None:
+        _finite("loss.alpha", self.alpha, 0.0)
+        _at_least("loss.top_k", self.top_k, 2)
+        if self.normalizer is not None and not (math.isfinite(self.normalizer) and self.normalizer > 0):
+            raise ValueError(f"loss.normalizer={self.normalizer} must be null or a number above 0")
+        _finite("loss.gate_slope", self.gate_slope, 0.0)
+        _finite("loss.gate_centre", self.gate_centre, 0.0, 1.0)
+        _finite("loss.conflict_probability", self.conflict_probability, 0.0, 1.0)
+        _finite("loss.conflict_entropy", self.conflict_entropy, 0.0)
+        if self.gate == "stock" and self.fused_linear is True:
+            raise ValueError(
+                "loss.fused_linear=true needs our own loss, but loss.gate=stock attaches nothing: use "
+                "loss.gate=none"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """How the model is split. Data parallelism is what is left of the ranks."""
+
+    tensor: int = 1
+    """Ranks that share each layer's matrices and the vocabulary."""
+    pipeline: int = 1
+    """Stages, each holding a run of layers."""
+    virtual_pipeline: int | None = None
+    """Model chunks per stage (interleaved schedule); null: not interleaved."""
+    context: int = 1
+    """Ranks that share each sequence."""
+    expert: int = 1
+    """Ranks that share the experts of a mixture-of-experts model."""
+    sequence: bool = False
+    """Split norms and dropout over the tensor-parallel ranks along the sequence (saves memory)."""
+
+    def __post_init__(self) -> None:
+        for key in ("tensor", "pipeline", "context", "expert"):
+            _at_least(f"parallel.{key}", getattr(self, key), 1)
+        _at_least("parallel.virtual_pipeline", self.virtual_pipeline, 2)
+        if self.virtual_pipeline is not None and self.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of 2 or more, "
+                f"got 1"
+            )
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence=true needs parallel.tensor of 2 or more, got 1")
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """How long, how large, how fast."""
+
+    max_steps: int = 1000
+    """Optimizer steps of the whole run. NeMo's data order depends on it."""
+    num_nodes: int = 1
+    """Machines."""
+    gpus_per_node: int = 1
+    """Ranks per machine: its GPUs, or its processes with ``run.backend=cpu``."""
+    micro_batch_size: int = 1
+    """Rows in one forward pass of one data-parallel rank."""
+    global_batch_size: int = 128
+    """Rows in one optimizer step, over all ranks."""
+    seq_length: int = 2048
+    """Tokens in a row, at most. A longer row is a bad row."""
+    learning_rate: float = 5e-6
+    """Highest learning rate, after the warm-up."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the last step (cosine decay)."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of Adam."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: float = 0.95
+    """Decay of Adam's second moment."""
+    clip_grad: float = 1.0
+    """Largest norm of the whole gradient; 0: not clipped."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """``bf16``: mixed precision with float32 master weights. ``fp32``: float32 throughout."""
+    hidden_dropout: float = 0.0
+    """Dropout after attention and MLP, 0 to below 1."""
+    attention_dropout: float = 0.0
+    """Dropout on attention weights, 0 to below 1."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, attention only, or every layer."""
+    distributed_optimizer: bool = True
+    """Split the optimizer state over the data-parallel ranks."""
+    val_every: int = 100
+    """Steps between validations; 0: never."""
+    val_batches: int = 10
+    """Global batches in one validation, at most."""
+    save_every: int = 100
+    """Steps between checkpoints. The last step is always saved."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; -1: all."""
+    log_every: int = 1
+    """Steps between lines of the log."""
+    seed: int = 1234
+    """Seed of data order, initialisation and dropout."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "num_nodes", "gpus_per_node", "micro_batch_size", "global_batch_size"):
+            _at_least(f"trainer.{key}", getattr(self, key), 1)
+        _at_least("trainer.seq_length", self.seq_length, 2)
+        for key in ("warmup_steps", "val_every", "seed"):
+            _at_least(f"trainer.{key}", getattr(self, key), 0)
+        for key in ("val_batches", "save_every", "log_every"):
+            _at_least(f"trainer.{key}", getattr(self, key), 1)
+        if self.keep_checkpoints != -1:
+            _at_least("trainer.keep_checkpoints", self.keep_checkpoints, 1, " or -1 for all")
+        _finite("trainer.learning_rate", self.learning_rate, 0.0)
+        _finite("trainer.min_learning_rate", self.min_learning_rate, 0.0)
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"trainer.min_learning_rate={self.min_learning_rate} is above "
+                f"trainer.learning_rate={self.learning_rate}"
+            )
+        if self.warmup_steps >= self.max_steps and self.warmup_steps > 0:
+            raise ValueError(
+                f"trainer.warmup_steps={self.warmup_steps} must be below trainer.max_steps={self.max_steps}"
+            )
+        _finite("trainer.weight_decay", self.weight_decay, 0.0)
+        _finite("trainer.clip_grad", self.clip_grad, 0.0)
+        for key in ("adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout"):
+            value = getattr(self, key)
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"trainer.{key}={value} must be 0 or more and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where the run lives."""
+
+    dir: str
+    """Folder of the run: data, checkpoints, ``metrics.jsonl``, ``report.png``."""
+    resume: bool = True
+    """Continue from the newest checkpoint in ``run.dir``, if there is one. false: refuse a folder that holds
+    one."""
+    backend: Literal["cuda", "cpu"] = "cuda"
+    """``cuda``: GPUs and NCCL. ``cpu``: no GPU, gloo."""
+    name: str | None = None
+    """Name shown in TensorBoard and W&B. null: the last part of ``run.dir``."""
+    wandb_project: str | None = None
+    """Project in Weights & Biases; null: do not use it."""
+
+    def __post_init__(self) -> None:
+        for key in ("dir", "name", "wandb_project"):
+            value = getattr(self, key)
+            if value is not None and not value.strip():
+                raise ValueError(f"run.{key} is empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One complete run. Building it runs every check that needs no file, model or GPU."""
+
+    model: ModelSettings
+    data: DataSettings
+    loss: LossSettings
+    parallel: ParallelSettings
+    trainer: TrainerSettings
+    run: RunSettings
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the whole run."""
+        return self.trainer.num_nodes * self.trainer.gpus_per_node
+
+    @property
+    def data_parallel(self) -> int:
+        """Copies of the model."""
+        return self.world_size // self.parallel.model_ranks
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of one data-parallel rank in one optimizer step."""
+        return self.trainer.global_batch_size // (self.trainer.micro_batch_size * self.data_parallel)
+
+
+def validate(settings: Settings) -> None:
+    """Check what no single group can check alone.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed. The rules are those of NeMo 2.7.3
+            (``nemo/collections/llm/api.py``, ``_validate_config``) and megatron-core 0.15.3
+            (``model_parallel_config.py``, ``pipeline_parallel/schedules.py``), found before any process
+            starts.
+    """
+    parallel, trainer, data = settings.parallel, settings.trainer, settings.data
+    world = settings.world_size
+    if world % parallel.model_ranks:
+        raise ValueError(
+            f"trainer.num_nodes={trainer.num_nodes} x trainer.gpus_per_node={trainer.gpus_per_node} = "
+            f"{world} ranks must be a "
+            f"multiple of parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
+            f"parallel.context={parallel.context} = {parallel.model_ranks}"
+        )
+    per_pass = trainer.micro_batch_size * settings.data_parallel
+    if trainer.global_batch_size % per_pass:
+        raise ValueError(
+            f"trainer.global_batch_size={trainer.global_batch_size} must be a multiple of "
+            f"trainer.micro_batch_size="
+            f"{trainer.micro_batch_size} x {settings.data_parallel} data-parallel ranks = {per_pass}"
+        )
+    if parallel.virtual_pipeline is not None and settings.num_micro_batches % parallel.pipeline:
+        raise ValueError(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs a number of micro-batches per step "
+            f"that is a multiple "
+            f"of parallel.pipeline={parallel.pipeline}, but "
+            f"trainer.global_batch_size={trainer.global_batch_size} gives "
+            f"{settings.num_micro_batches}"
+        )
+    if (world // (parallel.tensor * parallel.pipeline)) % parallel.expert:
+        raise ValueError(
+            f"parallel.expert={parallel.expert} must divide the "
+            f"{world // (parallel.tensor * parallel.pipeline)} ranks that "
+            f"parallel.tensor={parallel.tensor} and parallel.pipeline={parallel.pipeline} leave"
+        )
+    if parallel.expert > 1 and parallel.tensor > 1 and not parallel.sequence:
+        raise ValueError(
+            f"parallel.expert={parallel.expert} with parallel.tensor={parallel.tensor} needs "
+            f"parallel.sequence=true"
+        )
+    # NeMo pads a batch to a multiple of 16 but never beyond seq_length, so a batch may be exactly seq_length
+    # long.
+    unit = math.lcm(
+        parallel.tensor if parallel.sequence else 1, 2 * parallel.context if parallel.context > 1 else 1
+    )
+    for key, length in (("trainer.seq_length", trainer.seq_length), ("data.packed_size", data.packed_size)):
+        if length is not None and length % unit:
+            raise ValueError(
+                f"{key}={length} must be a multiple of {unit} with "
+                f"parallel.sequence={str(parallel.sequence).lower()}, "
+                f"parallel.tensor={parallel.tensor}, parallel.context={parallel.context}"
+            )
+    if data.packed:
+        _validate_packed(settings)
+    if data.validation is None and trainer.val_every not in (0, TrainerSettings.val_every):
+        warnings.warn(
+            f"trainer.val_every={trainer.val_every} has no effect without data.validation", stacklevel=3
+        )
+    if settings.loss.gate in ("none", "stock", "dft") and settings.loss.alpha != LossSettings.alpha:
+        warnings.warn(
+            f"loss.alpha={settings.loss.alpha} has no effect with loss.gate={settings.loss.gate}",
+            stacklevel=3,
+        )
+
+
+def _validate_packed(settings: Settings) -> None:
+    trainer, data = settings.trainer, settings.data
+    if trainer.micro_batch_size != 1:
+        raise ValueError(
+            f"data.packed=true needs trainer.micro_batch_size=1, got {trainer.micro_batch_size}: a packed "
+            f"sequence is a "
+            f"micro-batch already (lower trainer.global_batch_size and raise data.packed_size instead)"
+        )
+    if settings.parallel.context > 1:
+        raise ValueError(
+            f"data.packed=true with parallel.context={settings.parallel.context} is refused: NeMo 2.7.3 "
+            f"would slice the row "
+            f"boundaries (cu_seqlens) like tokens and let rows attend to each other. Use parallel.context=1 "
+            f"or data.packed=false"
+        )
+    if data.packed_size is not None and data.packed_size < trainer.seq_length:
+        raise ValueError(
+            f"data.packed_size={data.packed_size} must be at least trainer.seq_length={trainer.seq_length}, "
+            f"or the longest rows would fit into no pack"
+        )
+
+
+def known_keys() -> list[str]:
+    """Every full key, ``group.name``, in the order of the files."""
+    return [
+        f"{group.name}.{entry.name}" for group in fields(Settings) for entry in fields(_GROUPS[group.name])
+    ]
+
+
+_GROUPS: dict[str, Any] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "loss": LossSettings,
+    "parallel": ParallelSettings,
+    "trainer": TrainerSettings,
+    "run": RunSettings,
+}
+
+
+def _at_least(key: str, value: int | None, least: int, more: str = "") -> None:
+    if value is not None and value < least:
+        raise ValueError(f"{key}={value} must be {least} or more{more}")
+
+
+def _finite(key: str, value: float, least: float, most: float = math.inf) -> None:
+    if not (math.isfinite(value) and least <= value <= most):
+        upper = "" if most == math.inf else f" and at most {most}"
+        raise ValueError(f"{key}={value} must be a finite number of at least {least}{upper}")

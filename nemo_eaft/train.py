@@ -1,0 +1,239 @@
+"""From settings to a NeMo run: `python -m nemo_eaft.train CONF [key=value ...]`, alone or under torchrun or SLURM.
+
+NeMo trains. This file only says what: the model configuration of the imported checkpoint with this run's precision and
+dropout, NeMo's data module, optimizer, strategy, logger, checkpoints and resume, and the EAFT callback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_eaft.config import EAFTConfig
+from nemo_eaft.settings import Settings
+
+
+def eaft_config(settings: Settings) -> EAFTConfig:
+    """The loss settings as EAFTConfig; `stock` measures with weight 1."""
+    loss = dataclasses.asdict(settings.loss)
+    known = {field.name for field in dataclasses.fields(EAFTConfig)}
+    if loss["gate"] == "stock":
+        loss |= {"gate": "none", "alpha": EAFTConfig.alpha}
+    return EAFTConfig(**{key: value for key, value in loss.items() if key in known})
+
+
+def run_training(settings: Settings, checkpoint: Path) -> None:
+    """Train on this rank until `trainer.max_steps`, from `checkpoint` (imported) or this run's newest checkpoint.
+
+    Every rank of the job calls it. With `run.backend=cpu`, before NeMo is imported in this process.
+
+    Raises:
+        ValueError: settings and checkpoint do not fit each other.
+    """
+    if settings.run.backend == "cpu":
+        import torch
+
+        import nemo_eaft.cpu
+
+        nemo_eaft.cpu.enable()
+        # Ranks share the cores: more threads than that wait for each other.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.trainer.gpus_per_node))
+
+    import nemo.lightning as nl
+    from nemo.collections import llm
+
+    from nemo_eaft.nemo import EAFTCallback
+
+    run_dir = Path(settings.run.dir)
+    model = build_model(settings, checkpoint)
+    trainer = build_trainer(settings)
+    trainer.callbacks.append(
+        EAFTCallback(eaft_config(settings), run_dir=run_dir, measure_only=settings.loss.gate == "stock")
+    )
+    llm.finetune(
+        model=model,
+        data=build_data(settings, model.tokenizer, run_dir),
+        trainer=trainer,
+        log=build_logger(settings, run_dir),
+        resume=nl.AutoResume(
+            resume_if_exists=settings.run.resume,
+            resume_ignore_no_checkpoint=True,
+            restore_config=nl.RestoreConfig(path=str(checkpoint)),
+        ),
+        optim=build_optimizer(settings),
+        tokenizer="model",
+    )
+
+
+def build_model(settings: Settings, checkpoint: Path) -> Any:
+    """NeMo's model of the imported checkpoint, with this run's precision, dropout and recompute."""
+    from nemo.lightning import io
+
+    model = io.load_context(checkpoint, subpath="model")
+    set_model_config(model, model_overrides(settings))
+    return model
+
+
+def model_overrides(settings: Settings) -> dict[str, Any]:
+    """Fields of NeMo's model configuration that the run decides."""
+    import torch
+
+    trainer = settings.trainer
+    half = trainer.precision == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
+    overrides = {
+        "seq_length": max(trainer.seq_length, settings.data.packed_size or 0),
+        "bf16": half,
+        "fp16": False,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "hidden_dropout": trainer.hidden_dropout,
+        "attention_dropout": trainer.attention_dropout,
+        # The gradient must not depend on how the batch is cut (EAFTCallback checks it).
+        "calculate_per_token_loss": True,
+    }
+    if trainer.recompute == "full":
+        overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif trainer.recompute == "selective":
+        overrides |= {"recompute_granularity": "selective"}
+    return overrides
+
+
+def set_model_config(model: Any, overrides: Mapping[str, Any]) -> None:
+    """Rebuild the model's configuration with `overrides`, also where NeMo recorded it.
+
+    Chunks of a virtual pipeline and the context of a checkpoint are rebuilt from the record (`__io__`), so a field
+    that is only set on the object is lost there.
+    """
+    import fiddle as fdl
+
+    record = model.config.__io__
+    for name, value in overrides.items():
+        setattr(record, name, value)
+    model.config = fdl.build(record)
+    model.__io__.config = record
+
+
+def build_optimizer(settings: Settings) -> Any:
+    """NeMo's Megatron optimizer: AdamW with warm-up and cosine decay."""
+    import nemo.lightning as nl
+    import torch
+    from megatron.core.optimizer import OptimizerConfig
+
+    trainer = settings.trainer
+    half = trainer.precision == "bf16"
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=trainer.learning_rate,
+        min_lr=trainer.min_learning_rate,
+        weight_decay=trainer.weight_decay,
+        adam_beta1=trainer.adam_beta1,
+        adam_beta2=trainer.adam_beta2,
+        clip_grad=trainer.clip_grad,
+        bf16=half,
+        params_dtype=torch.bfloat16 if half else torch.float32,
+        use_distributed_optimizer=trainer.distributed_optimizer,
+    )
+    schedule = nl.lr_scheduler.CosineAnnealingScheduler(
+        max_steps=trainer.max_steps,
+        warmup_steps=trainer.warmup_steps,
+        constant_steps=0,
+        min_lr=trainer.min_learning_rate,
+    )
+    return nl.MegatronOptimizerModule(config=config, lr_scheduler=schedule)
+
+
+def build_trainer(settings: Settings) -> Any:
+    """NeMo's trainer on a MegatronStrategy."""
+    import nemo.lightning as nl
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    parallel, trainer = settings.parallel, settings.trainer
+    half = trainer.precision == "bf16"
+    on_cpu = settings.run.backend == "cpu"
+    strategy = nl.MegatronStrategy(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        sequence_parallel=parallel.sequence,
+        pipeline_dtype=(torch.bfloat16 if half else torch.float32) if parallel.pipeline > 1 else None,
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=trainer.distributed_optimizer,
+            grad_reduce_in_fp32=True,
+            average_in_collective=False,
+            check_for_nan_in_grad=True,
+        ),
+        gradient_as_bucket_view=True,
+        # A save that goes on in the background could be cut short by the end of the job.
+        ckpt_async_save=False,
+    )
+    validate = settings.data.validation is not None and trainer.val_every > 0
+    plugins = [nl.MegatronMixedPrecision(precision="bf16-mixed")] if half else None
+    return nl.Trainer(
+        accelerator="cpu" if on_cpu else "gpu",
+        devices=trainer.gpus_per_node,
+        num_nodes=trainer.num_nodes,
+        strategy=strategy,
+        plugins=plugins,
+        max_steps=trainer.max_steps,
+        val_check_interval=min(trainer.val_every, trainer.max_steps) if validate else None,
+        limit_val_batches=trainer.val_batches if validate else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=trainer.log_every,
+        use_distributed_sampler=False,
+    )
+
+
+def build_logger(settings: Settings, run_dir: Path) -> Any:
+    """NeMo's logger: TensorBoard, W&B when asked, and checkpoints every `trainer.save_every` steps."""
+    import nemo.lightning as nl
+    from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+    run, trainer = settings.run, settings.trainer
+    name = run.name or run_dir.name
+    checkpoints = nl.ModelCheckpoint(
+        dirpath=str(run_dir / "checkpoints"),
+        filename="{step}",
+        monitor="step",
+        mode="max",
+        every_n_train_steps=min(trainer.save_every, trainer.max_steps),
+        save_top_k=trainer.keep_checkpoints,
+        save_last=True,
+        save_optim_on_train_end=True,
+        always_save_context=True,
+    )
+    wandb = WandbLogger(project=run.wandb_project, name=name) if run.wandb_project else None
+    return nl.NeMoLogger(
+        name=name,
+        log_dir=str(run_dir / "nemo"),
+        use_datetime_version=False,
+        explicit_log_dir=str(run_dir / "nemo"),
+        tensorboard=TensorBoardLogger(save_dir=str(run_dir), name="tensorboard", version=""),
+        wandb=wandb,
+        ckpt=checkpoints,
+    )
+
+
+def build_data(settings: Settings, tokenizer: Any, run_dir: Path) -> Any:
+    """NeMo's data module over the checked rows below `run.dir`."""
+    from nemo_eaft.data import build_module
+
+    return build_module(settings, run_dir / "data", tokenizer)
+
+
+def main(argv: list[str]) -> int:
+    """Rank entry point; the command line joins or launches through `nemo_eaft.cli`."""
+    from nemo_eaft.cli import run_rank
+
+    return run_rank(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
