@@ -2,11 +2,12 @@
 
 Hydra's compose API merges the files; nothing in them is ever run: ``_target_`` is refused and every value
 must be a plain one of the declared type. What a file leaves out keeps the default of
-:mod:`nemo_eaft.settings`. """
+:mod:`nemo_eaft.settings`."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import logging
 import os
@@ -50,19 +51,23 @@ def compose(conf: str, overrides: Iterable[str] = ()) -> Settings:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     path = _find(conf)
-    prepared = _prepare(overrides, path.parent)
+    prepared, texts = _prepare(overrides, path.parent)
     # A file elsewhere finds the shipped groups through Hydra's search path. JSON quoting is Hydra's quoting.
     search = f"hydra.searchpath=[{json.dumps('file://' + str(CONF_DIR))}]"
     GlobalHydra.instance().clear()
     try:
         with _quiet_plugins(), initialize_config_dir(str(path.parent), version_base="1.3"):
             merged = hydra_compose(path.name, [*prepared, search])
+        with open_dict(merged):
+            for key, text in texts.items():
+                OmegaConf.update(merged, key, text)
         mapping = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path}: {_explain(error)}") from error
     finally:
         GlobalHydra.instance().clear()
@@ -86,7 +91,10 @@ def from_mapping(mapping: Mapping[Any, Any], where: str = "configuration") -> Se
         values = mapping.get(name)
         values = {} if values is None else values
         if not isinstance(values, Mapping):
-            raise ValueError(f"{name}={values!r} must be a group of settings, not a single value")
+            raise ValueError(
+                f"{name}={_show(values)} must be a group of settings; a file of conf/{name}/ is named in the "
+                f"defaults list"
+            )
         groups[name] = _group(name, hints[name], values, where)
     return Settings(**groups)
 
@@ -168,37 +176,61 @@ def _quiet_plugins() -> Iterator[None]:
         log.disabled = before
 
 
-def _prepare(overrides: Iterable[str], folder: Path) -> list[str]:
-    """Check the keys of overrides, and let them set keys that the files leave at their default."""
+def _prepare(overrides: Iterable[str], folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Check the keys of overrides, and let them set keys that the files leave at their default.
+
+    Returns:
+        Overrides for Hydra, and the values of text settings, which are taken as they stand: Hydra would want
+        quotes around a path with a space, a ``~`` or an ``=``.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
 
     parser = OverridesParser.create()
-    prepared = []
-    for text in overrides:
-        if text.startswith("-"):
-            raise ValueError(f"{text!r} is no override; write key=value, for example trainer.max_steps=5")
+    prepared: list[str] = []
+    texts: dict[str, str] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        as_it_stands = equals and value != "null" and not value.startswith(("'", '"')) and "${" not in value
+        if key in _text_keys() and as_it_stands:
+            texts[key] = value
+            continue
+        if override.startswith("-"):
+            raise ValueError(f"{override!r} is no override; write key=value, for example trainer.max_steps=5")
         try:
-            parsed = parser.parse_override(text)
+            parsed = parser.parse_override(override)
         except HydraException as error:
             first = str(error).splitlines()[0]
             raise ValueError(
-                f"{text!r} is no override: {first}; write key=value, for example loss=sft"
+                f"{override!r} is no override: {first}; write key=value, for example loss=sft"
             ) from error
         key = parsed.key_or_group
         if parsed.type == OverrideType.DEL:
-            raise ValueError(f"{text!r}: a setting cannot be removed, only given a value")
+            raise ValueError(f"{override!r}: a setting cannot be removed, only given a value")
         if parsed.is_sweep_override():
-            raise ValueError(f"{text!r}: one value is allowed; a list of values would be a sweep")
-        if key in _GROUPS:
-            _check_choice(key, parsed.value(), text, folder)
-            prepared.append(text.lstrip("+"))
+            raise ValueError(f"{override!r}: one value is allowed; a list of values would be a sweep")
+        if key in _GROUPS and parsed.package is None:
+            _check_choice(key, parsed.value(), override, folder)
+            prepared.append(override.lstrip("+"))
         elif key in known_keys():
-            prepared.append("++" + text.lstrip("+"))
+            texts.pop(key, None)
+            prepared.append("++" + override.lstrip("+"))
         else:
-            raise ValueError(_unknown(key, "command line"))
-    return prepared
+            raise ValueError(_unknown(override.partition("=")[0].lstrip("+"), "command line"))
+    return prepared, texts
+
+
+@functools.cache
+def _text_keys() -> frozenset[str]:
+    """Settings that hold free text: names and paths."""
+    groups = get_type_hints(Settings)
+    return frozenset(
+        f"{group}.{name}"
+        for group in _GROUPS
+        for name, hint in get_type_hints(groups[group]).items()
+        if hint is str or str in get_args(hint)
+    )
 
 
 def _check_choice(group: str, value: object, text: str, folder: Path) -> None:

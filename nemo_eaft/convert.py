@@ -66,7 +66,9 @@ def nemo_model_classes(model_type: str) -> tuple[type, type]:
         ValueError: NeMo 2.7.3 cannot convert this family in both directions.
     """
     if model_type not in FAMILIES:
-        raise ValueError(f"model.hf: model_type {model_type!r} is not supported; allowed: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"model.hf: model_type {model_type!r} is not supported; allowed: {', '.join(sorted(FAMILIES))}"
+        )
     from nemo.collections import llm
 
     model, config = FAMILIES[model_type]
@@ -82,14 +84,18 @@ def hf_folder(name: str, trust_remote_code: bool = False) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"model.hf: {name} has no config.json; expected a folder written by save_pretrained")
+            raise ValueError(
+                f"model.hf: {name} has no config.json; expected a folder written by save_pretrained"
+            )
         return folder.resolve()
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
     except Exception as error:  # one message for: no network, no such name, no permission
-        raise ValueError(f"model.hf: {name!r} is no local folder and could not be downloaded ({error})") from error
+        raise ValueError(
+            f"model.hf: {name!r} is no local folder and could not be downloaded ({error})"
+        ) from error
 
 
 def save_hf_files(source: Path, tokenizer: str | None, target: Path, trust_remote_code: bool) -> None:
@@ -98,7 +104,9 @@ def save_hf_files(source: Path, tokenizer: str | None, target: Path, trust_remot
 
     AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).save_pretrained(target)
     try:
-        AutoTokenizer.from_pretrained(tokenizer or source, trust_remote_code=trust_remote_code).save_pretrained(target)
+        AutoTokenizer.from_pretrained(
+            tokenizer or source, trust_remote_code=trust_remote_code
+        ).save_pretrained(target)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.tokenizer: {tokenizer or source} holds no tokenizer ({error})") from error
     # NeMo's importers read it unconditionally; a model without one gets the empty default.
@@ -133,7 +141,9 @@ def _importer(source: Path, hf_files: Path, trust_remote_code: bool) -> tuple[An
     return Importer(str(source)), model_class
 
 
-def convert_to_nemo(source: Path, output: Path, tokenizer: str | None = None, trust_remote_code: bool = False) -> Path:
+def convert_to_nemo(
+    source: Path, output: Path, tokenizer: str | None = None, trust_remote_code: bool = False
+) -> Path:
     """Convert the Hugging Face model in `source` to a NeMo checkpoint `output`. One process, no GPU needed.
 
     The weights keep their dtype. `output` also gets a folder `hf/` with configuration and tokenizer.
@@ -174,7 +184,9 @@ def convert_to_hf(checkpoint: Path, output: Path, hf_files: Path) -> Path:
     """
     for needed in ("weights", "context"):
         if not (checkpoint / needed).is_dir():
-            raise ValueError(f"checkpoint: {checkpoint} has no {needed}/ folder; expected one that NeMo saved")
+            raise ValueError(
+                f"checkpoint: {checkpoint} has no {needed}/ folder; expected one that NeMo saved"
+            )
     if not (hf_files / "config.json").is_file():
         raise ValueError(f"hf: {hf_files} has no config.json; give the folder of the model that was imported")
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -205,7 +217,11 @@ def run_in_own_process(arguments: list[str], backend: str) -> None:
     """
     command = [sys.executable, "-m", "nemo_eaft.convert", "--backend", backend, *arguments]
     # A conversion is one process whatever job it is called from.
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    inherited = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    }
     done = subprocess.run(command, env=inherited, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 2:
         raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("nemo_eaft.convert: "))

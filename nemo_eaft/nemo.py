@@ -94,7 +94,9 @@ class EAFTCallback(Callback):
             ddp.average_in_collective = False
             changed.append("average_in_collective=False")
         if changed:
-            logging.info(f"EAFT: set {', '.join(changed)}: the loss is divided by the tokens of the global batch")
+            logging.info(
+                f"EAFT: set {', '.join(changed)}: the loss is divided by the tokens of the global batch"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to every chunk that owns a loss; all chunks exist now."""
@@ -130,7 +132,9 @@ class EAFTCallback(Callback):
 
     # --- one step
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Start of an optimizer step."""
         self._step_started = time.perf_counter()
         if self._loss is not None:
@@ -175,7 +179,9 @@ class EAFTCallback(Callback):
             pl_module.log(f"eaft/{name}", float(value), prog_bar=in_bar, batch_size=1, sync_dist=False)
         if self._file is not None:
             step, last = trainer.global_step, trainer.max_steps
-            logging.info("EAFT " + format_progress(step, last, metrics, rate, self._pace.eta_seconds(step, last)))
+            logging.info(
+                "EAFT " + format_progress(step, last, metrics, rate, self._pace.eta_seconds(step, last))
+            )
             self._file.append_step(
                 step, metrics, tokens_per_second=rate, learning_rate=self._learning_rate, seconds=seconds
             )
@@ -198,7 +204,11 @@ class EAFTCallback(Callback):
         if self._file is not None:
             self._file.close()
             assert self._run_dir is not None
-            title = "SFT (measured)" if self.measure_only else f"gate {self.config.gate}, alpha {self.config.alpha:g}"
+            title = (
+                "SFT (measured)"
+                if self.measure_only
+                else f"gate {self.config.gate}, alpha {self.config.alpha:g}"
+            )
             write_report(self._file.path, self._run_dir / "report.png", title)
 
     # --- helpers
@@ -239,9 +249,13 @@ def true_vocab_size(pl_module: LightningModule) -> int:
         ValueError: neither the model's configuration nor its tokenizer tells.
     """
     model: Any = pl_module
-    size = getattr(model.config, "vocab_size", None) or getattr(getattr(model, "tokenizer", None), "vocab_size", None)
+    size = getattr(model.config, "vocab_size", None) or getattr(
+        getattr(model, "tokenizer", None), "vocab_size", None
+    )
     if size is None:
-        raise ValueError("vocab_size: the model has neither config.vocab_size nor a tokenizer; pass vocab_size=")
+        raise ValueError(
+            "vocab_size: the model has neither config.vocab_size nor a tokenizer; pass vocab_size="
+        )
     return int(size)
 
 
@@ -266,7 +280,9 @@ def _check_gradient_scale(chunk: Any) -> None:
     """Megatron must sum the gradients and divide once (core/distributed/distributed_data_parallel.py, 0.15.3)."""
     config = chunk.config
     if not config.calculate_per_token_loss:
-        raise RuntimeError("calculate_per_token_loss is False on a model chunk; EAFT's gradient would depend on the cut")
+        raise RuntimeError(
+            "calculate_per_token_loss is False on a model chunk; EAFT's gradient would depend on the cut"
+        )
     ddp = chunk.module
     for buffer in [*getattr(ddp, "buffers", []), *getattr(ddp, "expert_parallel_buffers", [])]:
         scale = getattr(buffer, "gradient_scaling_factor", 1.0)

@@ -116,7 +116,7 @@ def _draw_loss(axes: Axes, training: Sequence[Row], validation: Sequence[Row]) -
 def _name(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_ylabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=8, steps=[1, 2, 5, 10]))
     axes.tick_params(labelbottom=True)
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)

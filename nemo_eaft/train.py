@@ -96,8 +96,16 @@ def model_overrides(settings: Settings) -> dict[str, Any]:
         # The gradient must not depend on how the batch is cut (EAFTCallback checks it).
         "calculate_per_token_loss": True,
     }
+    if settings.parallel.virtual_pipeline is not None:
+        # With two stages the next and the previous rank are one, and batched sends of both directions are matched in
+        # the wrong order (Megatron-LM's arguments.py asks for the same pair).
+        overrides |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     if trainer.recompute == "full":
-        overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        overrides |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     elif trainer.recompute == "selective":
         overrides |= {"recompute_granularity": "selective"}
     return overrides
@@ -115,7 +123,8 @@ def set_model_config(model: Any, overrides: Mapping[str, Any]) -> None:
     for name, value in overrides.items():
         setattr(record, name, value)
     model.config = fdl.build(record)
-    model.__io__.config = record
+    # The record made by this build, not the old one: the strategy adds the parallel sizes to it.
+    model.__io__.config = model.config.__io__
 
 
 def build_optimizer(settings: Settings) -> Any:
@@ -173,6 +182,7 @@ def build_trainer(settings: Settings) -> Any:
         gradient_as_bucket_view=True,
         # A save that goes on in the background could be cut short by the end of the job.
         ckpt_async_save=False,
+        replace_progress_bar=False,
     )
     validate = settings.data.validation is not None and trainer.val_every > 0
     plugins = [nl.MegatronMixedPrecision(precision="bf16-mixed")] if half else None
@@ -188,6 +198,8 @@ def build_trainer(settings: Settings) -> Any:
         num_sanity_val_steps=0,
         log_every_n_steps=trainer.log_every,
         use_distributed_sampler=False,
+        # EAFTCallback logs one line a step with loss, weight, tokens per second and ETA.
+        enable_progress_bar=False,
     )
 
 

@@ -1,7 +1,7 @@
 """Running ranks in tests: as threads of this process, or as processes over gloo.
 
-``run_threads`` starts in milliseconds and is what the tests of numbers use; ``run_ranks`` is the real backend and
-costs seconds. The threads stand on a private part of torch, used nowhere else.
+``run_threads`` starts in milliseconds and is what the tests of numbers use; ``run_ranks`` is the real backend
+and costs seconds. The threads stand on a private part of torch, used nowhere else.
 """
 
 import contextlib
@@ -11,9 +11,10 @@ import os
 import pickle
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,63 @@ import torch.distributed as dist
 GROUP_TIMEOUT = datetime.timedelta(seconds=20)
 
 
-def run_threads(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_threads(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+) -> list[Any]:
     """``function(rank, *args)`` on ``world_size`` ranks that are threads; their results in rank order.
 
-    Inside, ``torch.distributed.group.WORLD`` is a working process group. An exception on any rank is raised here as
-    a ``RuntimeError`` holding the traceback of each failed rank.
-    """
-    from torch.testing._internal.common_distributed import spawn_threads_and_init_comms
+    Inside, ``torch.distributed.group.WORLD`` is a working process group.
 
+    Raises:
+        RuntimeError: a rank failed; the message is the traceback of the first that did.
+        TimeoutError: ranks still ran after ``timeout`` seconds.
+    """
+    # torch's common_distributed wraps the same, but importing it replaces hypothesis' profile and forbids
+    # setting cuDNN flags for the rest of the process, which Lightning does.
+    from torch._C._distributed_c10d import _set_thread_isolation_mode  # type: ignore[attr-defined]
+    from torch.testing._internal.distributed import multi_threaded_pg as threaded
+
+    world = threaded._install_threaded_pg()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     results: list[Any] = [None] * world_size
+    failures: list[str] = []
     # Threads start with torch's defaults, not with the caller's.
     gradients = torch.is_grad_enabled()
 
-    def worker(_: None) -> None:
-        rank = dist.get_rank()
-        with torch.set_grad_enabled(gradients):
-            results[rank] = function(rank, *args)
+    def worker(rank: int) -> None:
+        dist.init_process_group("threaded", rank=rank, world_size=world_size, store=store)
+        try:
+            with torch.set_grad_enabled(gradients):
+                results[rank] = function(rank, *args)
+        except BaseException as error:
+            failures.append(f"rank {rank} of {world_size}\n{traceback.format_exc()}")
+            # Wakes the ranks that wait for this one; their complaints come after its own.
+            threaded.ProcessLocalGroup.exception_handle(error)
+        finally:
+            if dist.distributed_c10d._world is world:
+                dist.destroy_process_group()
 
-    spawn_threads_and_init_comms(worker, world_size=world_size)(None)
+    _set_thread_isolation_mode(True)
+    try:
+        threads = [threading.Thread(target=worker, args=(rank,), daemon=True) for rank in range(world_size)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + timeout
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        running = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
+        if running:
+            threaded.ProcessLocalGroup.exception_handle(TimeoutError())
+            for thread in threads:
+                thread.join(1)
+    finally:
+        threaded.ProcessLocalGroup.reset()
+        threaded._uninstall_threaded_pg()
+        _set_thread_isolation_mode(False)
+    if failures and not running:
+        raise RuntimeError(f"a rank failed:\n{failures[0]}")
+    if running:
+        raise TimeoutError(f"ranks {running} still ran after {timeout} s")
     return results
 
 
@@ -57,7 +97,8 @@ def run_ranks(
     Args:
         function: at module level, so that a fresh interpreter can import it; its results must be picklable.
         timeout: seconds until every rank must have ended.
-        env: environment variables of the ranks, beside this process's own and torchrun's names for rank and size.
+        env: environment variables of the ranks, beside this process's own and torchrun's names for rank and
+            size.
 
     Raises:
         RuntimeError: a rank failed; the message is the traceback of the first that did.
@@ -81,14 +122,15 @@ def run_ranks(
         return [pickle.loads((Path(folder) / f"result_{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _wait(processes: list[BaseProcess], folder: Path, timeout: float) -> None:
+def _wait(processes: Sequence[BaseProcess], folder: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while True:
         codes = [process.exitcode for process in processes]
         if all(code == 0 for code in codes):
             return
         if any(code not in (None, 0) for code in codes):
-            # Others may be writing theirs at this moment; the first by time is the cause, the rest consequences.
+            # Others may be writing theirs at this moment; the first by time is the cause, the rest
+            # consequences.
             time.sleep(0.5)
             errors = sorted(folder.glob("error_*"), key=lambda path: path.stat().st_mtime_ns)
             text = errors[0].read_text() if errors else f"no traceback; exit codes by rank: {codes}"
@@ -143,7 +185,8 @@ def _rank(
 def poisoned_empty() -> Iterator[None]:
     """Fill what ``torch.empty``, ``empty_like`` and ``new_empty`` return to this package with NaN.
 
-    A cell that the package forgets to write then shows in every comparison. Integers get their smallest value.
+    A cell that the package forgets to write then shows in every comparison. Integers get their smallest
+    value.
     """
     names = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in names]

@@ -49,7 +49,7 @@ def test_invalid_values_cover_every_field() -> None:
 @pytest.mark.parametrize(
     "name, value", [(name, value) for name, values in INVALID.items() for value in values]
 )
-def test_an_invalid_value_is_refused_by_name(name: str, value: object) -> None:
+def test_an_invalid_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{name} must be .+, got ") as error:
         EAFTConfig(**{name: value})
     assert repr(value) in str(error.value)
@@ -87,7 +87,7 @@ def test_frozen_keyword_only_slotted() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.alpha = 2.0  # type: ignore[misc]
     with pytest.raises(TypeError):
-        EAFTConfig(1.0)  # type: ignore[misc]
+        EAFTConfig(1.0)  # type: ignore[call-arg]
     assert not hasattr(config, "__dict__")
     assert pickle.loads(pickle.dumps(config)) == config
     assert hash(config) == hash(EAFTConfig())

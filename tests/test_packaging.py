@@ -412,9 +412,9 @@ EXERCISED = {
     "make install": "Makefile:install",
     "docker build": "tests/test_packaging.py:test_dockerfile_keeps_the_images_packages",
     "sbatch": "tests/test_packaging.py:test_sbatch_starts_one_torchrun_per_node",
-    "nemo-eaft import": "tests/test_cli.py:import",
-    "nemo-eaft train": "tests/test_cli.py:train",
-    "nemo-eaft export": "tests/test_cli.py:export",
+    "nemo-eaft import": 'tests/test_cli.py:"import"',
+    "nemo-eaft train": 'tests/test_cli.py:"train"',
+    "nemo-eaft export": 'tests/test_cli.py:"export"',
     "torchrun": "tests/test_packaging.py:nemo_eaft.train",
     "pip install": "tests/test_packaging.py:def installed",
 }

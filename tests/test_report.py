@@ -54,7 +54,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
-def lines(figure: Figure, panel: int) -> dict[str, tuple[list[float], list[float]]]:
+def lines(figure: Figure, panel: int) -> dict[str, Any]:
     return {
         str(line.get_label()): (np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist())
         for line in figure.axes[panel].lines
@@ -66,7 +66,7 @@ def test_the_picture_shows_the_rows(tmp_path: Path, drawn: list[Figure]) -> None
     rows.insert(0, {"step": 0, "val_loss": 1.75})
     rows.append({"step": 5, "val_loss": 0.25})
     png = tmp_path / "new" / "report.png"
-    write_report(write_rows(tmp_path / "m.jsonl", rows), png, "run $a_b$")
+    write_report(write_rows(tmp_path / "m.jsonl", rows), png, r"run $\nope$")
 
     figure = drawn[0]
     steps = [1, 2, 3, 4, 5]
@@ -86,11 +86,11 @@ def test_the_picture_shows_the_rows(tmp_path: Path, drawn: list[Figure]) -> None
     ]
     units = [axes.get_ylabel() for axes in figure.axes]
     assert units == ["nats / token", "weight", "nats / token", "% of tokens", "tokens / s", ""]
-    heights = [list(axes.lines[0].get_ydata()) for axes in figure.axes[1:]]
+    heights = [np.asarray(axes.lines[0].get_ydata()).tolist() for axes in figure.axes[1:]]
     assert heights == [[0.5] * 5, [1.5] * 5, [2.0] * 5, [812.0] * 5, [1e-5] * 5]
     assert all(axes.get_xlabel() == "step" for axes in figure.axes)
     texts = [text.get_text() for text in figure.texts]
-    assert "run $a_b$" in texts[0]
+    assert r"run $\nope$" in texts[0]
     assert "5 steps" in texts[1]
     assert "5,000 tokens" in texts[1]
     assert "10s in steps" in texts[1]

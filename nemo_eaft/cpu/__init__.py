@@ -11,6 +11,7 @@ nemo_eaft knows about this package.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from nemo_eaft.cpu.patch import Patch, PatchSet
@@ -20,6 +21,8 @@ _WAS_ENABLED = False
 
 MEGATRON_VERSION = "0.15"
 NEMO_VERSION = "2.7"
+
+_PATCHED_PACKAGES = ("megatron", "nemo")
 
 
 def is_enabled() -> bool:
@@ -39,7 +42,9 @@ def enable() -> None:
 
     Raises:
         RuntimeError: a CUDA device is available; NeMo or Megatron-Core was imported before the first call (they take
-            some of the patched names by value); or their version is not one this was written for.
+            some of the patched names by value); their version is not one this was written for; Transformer Engine or
+            Apex is installed, which they would prefer to their plain layers; or a call site of theirs is not reached
+            by its patch. Nothing is patched then.
     """
     global _WAS_ENABLED
     if is_enabled():
@@ -66,13 +71,30 @@ def enable() -> None:
 
         _APPLIED.apply(megatron_patches.patches())
         _APPLIED.apply(nemo_patches.patches())
+        _check_call_sites()
     except BaseException:
         _APPLIED.undo()
         raise
     _WAS_ENABLED = True
-    print("nemo_eaft: CPU backend on (real NeMo and Megatron-Core, gloo, no GPU)", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print("nemo_eaft: CPU backend on (real NeMo and Megatron-Core, gloo, no GPU)", file=sys.stderr, flush=True)
 
 
 def disable() -> None:
     """Undo `enable`. Objects that were built meanwhile keep what they were built with."""
     _APPLIED.undo()
+
+
+def _check_call_sites() -> None:
+    """What upstream calls must be ours: a patch that nobody reaches would be a silent wrong result."""
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    if transformer_block.LayerNormImpl is not WrappedTorchNorm:
+        raise RuntimeError(
+            f"nemo_eaft.cpu.enable(): Megatron-Core chose {transformer_block.LayerNormImpl.__name__} as its norm, because "
+            "Transformer Engine or Apex is installed; both need a GPU. Uninstall them where there is none."
+        )
+    bypassed = _APPLIED.bypassed(_PATCHED_PACKAGES)
+    if bypassed:
+        raise RuntimeError(f"nemo_eaft.cpu.enable(): not reached by the CPU backend: {'; '.join(bypassed)}")

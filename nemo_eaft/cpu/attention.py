@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
 
 def with_packed_sequences(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -33,7 +32,12 @@ def with_packed_sequences(forward: Callable[..., torch.Tensor]) -> Callable[...,
     ) -> torch.Tensor:
         if packed_seq_params is None:
             return forward(self, query, key, value, attention_mask, attn_mask_type, attention_bias)
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        # Where sequences start, with the padding behind each: causal attention never looks at it (attention.py:813
+        # gives rotary embeddings the same bounds).
+        starts = packed_seq_params.cu_seqlens_q_padded
+        bounds = (packed_seq_params.cu_seqlens_q if starts is None else starts).tolist()
+        if bounds[-1] > query.size(0):
+            raise ValueError(f"cu_seqlens: sequences of {bounds[-1]} tokens in a batch of {query.size(0)}")
         # Tokens behind the last sequence are padding: they attend among themselves and nobody counts them.
         if bounds[-1] < query.size(0):
             bounds.append(query.size(0))
@@ -47,17 +51,3 @@ def with_packed_sequences(forward: Callable[..., torch.Tensor]) -> Callable[...,
         return torch.cat(parts)
 
     return packed_forward
-
-
-def with_extra_state(sharded_state_dict: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """`DotProductAttention.sharded_state_dict` plus the empty `_extra_state` that Transformer Engine looks for."""
-
-    def with_entry(
-        self: Any, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        state = sharded_state_dict(self, prefix, sharded_offsets, metadata)
-        key = f"{prefix}_extra_state"
-        state[key] = make_sharded_object_for_checkpoint(None, key, sharded_offsets)
-        return state
-
-    return with_entry

@@ -14,7 +14,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_eaft.cpu import MEGATRON_VERSION
-from nemo_eaft.cpu.attention import with_extra_state, with_packed_sequences
+from nemo_eaft.cpu.attention import with_packed_sequences
 from nemo_eaft.cpu.norm import build_norm
 from nemo_eaft.cpu.patch import Patch
 
@@ -28,11 +28,13 @@ _FUSIONS = (
     "masked_softmax_fusion",
     "persist_layer_norm",
 )
+# Frees a stage's output once it is sent; gloo may still be reading it then (pipeline_parallel/schedules.py).
+_ASYNCHRONOUS = ("deallocate_pipeline_outputs",)
 
 
 def _without_fusions(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
     def wrapped(self: TransformerConfig) -> None:
-        for field in _FUSIONS:
+        for field in _FUSIONS + _ASYNCHRONOUS:
             if hasattr(self, field):
                 setattr(self, field, False)
         post_init(self)
@@ -80,24 +82,6 @@ def patches() -> list[Patch]:
             name="forward",
             value=with_packed_sequences(DotProductAttention.forward),
             reason="packed sequences are left to Transformer Engine (transformer/dot_product_attention.py:143)",
-        ),
-        Patch(
-            owner=DotProductAttention,
-            name="sharded_state_dict",
-            value=with_extra_state(DotProductAttention.sharded_state_dict),
-            reason="TEDotProductAttention finds an _extra_state in every checkpoint (extensions/transformer_engine.py)",
-        ),
-        Patch(
-            owner=DotProductAttention,
-            name="get_extra_state",
-            value=lambda self: None,
-            reason="the entry above has to survive Module.state_dict and load_state_dict",
-        ),
-        Patch(
-            owner=DotProductAttention,
-            name="set_extra_state",
-            value=lambda self, state: None,
-            reason="a Transformer Engine checkpoint may hold FP8 metadata there, which means nothing on the CPU",
         ),
         Patch(
             owner=megatron_random,

@@ -10,6 +10,7 @@ from megatron.core import tensor_parallel
 from megatron.core.parallel_state import get_pipeline_model_parallel_rank
 from nemo.lightning import io, megatron_init
 from nemo.lightning.io import pl as io_pl
+from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
 from nemo_eaft.cpu import NEMO_VERSION
 from nemo_eaft.cpu.patch import Patch
@@ -66,5 +67,12 @@ def patches() -> list[Patch]:
             name="_set_random_seed",
             value=_with_model_parallel_seed(megatron_init._set_random_seed),
             reason="seeds the model-parallel generators only where a GPU is counted (lightning/megatron_init.py:238)",
+        ),
+        Patch(
+            owner=ProgressPrinter,
+            name="log_megatron_timers",
+            value=lambda self, timers: None,
+            reason="rank 0 alone gathers timers over all ranks (callbacks/progress_printer.py:155); gloo then hangs "
+            "in the next collective, the checkpoint's file_exists",
         ),
     ]

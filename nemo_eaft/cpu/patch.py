@@ -7,6 +7,7 @@ has changed and the assumption has to be read again.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,26 +38,48 @@ class PatchSet:
     """Patches that were applied, undone in reverse order."""
 
     def __init__(self) -> None:
-        self._undo: list[tuple[Patch, Any]] = []
+        # Patch, what vars() of the owner held, and what a reader of the attribute got.
+        self._undo: list[tuple[Patch, Any, Any]] = []
 
     @property
     def applied(self) -> list[Patch]:
         """The patches now in force, oldest first."""
-        return [patch for patch, _ in self._undo]
+        return [patch for patch, _, _ in self._undo]
 
     def apply(self, patches: list[Patch]) -> None:
-        """Apply `patches` in order. RuntimeError names the first target that upstream no longer has."""
+        """Apply `patches` in order.
+
+        Raises:
+            RuntimeError: upstream no longer has one of the targets; it is named, and none of `patches` is applied.
+        """
         for patch in patches:
             if not hasattr(patch.owner, patch.name):
                 raise RuntimeError(f"The CPU backend expects an attribute that is not there: {patch}")
+        for patch in patches:
             # vars(), not getattr: an inherited attribute must be deleted again, and a staticmethod kept as one.
-            self._undo.append((patch, vars(patch.owner).get(patch.name, _MISSING)))
+            before = vars(patch.owner).get(patch.name, _MISSING)
+            self._undo.append((patch, before, getattr(patch.owner, patch.name)))
             setattr(patch.owner, patch.name, patch.value)
+
+    def bypassed(self, packages: tuple[str, ...]) -> list[str]:
+        """Call sites that a patch does not reach, in the loaded modules of `packages`.
+
+        A module that ran `from owner import name` before the patch holds the original, and would go on calling it.
+        """
+        originals = {id(seen): patch for patch, _, seen in self._undo}
+        found = []
+        for module_name, module in list(sys.modules.items()):
+            if module_name.split(".")[0] not in packages:
+                continue
+            for name, value in list(getattr(module, "__dict__", {}).items()):
+                if id(value) in originals:
+                    found.append(f"{module_name}.{name} (replaced in {originals[id(value)]})")
+        return sorted(found)
 
     def undo(self) -> None:
         """Put back what stood there before `apply`."""
         while self._undo:
-            patch, before = self._undo.pop()
+            patch, before, _ = self._undo.pop()
             if before is _MISSING:
                 delattr(patch.owner, patch.name)
             else:

@@ -82,7 +82,7 @@ def tokenize_chat(tokenizer: Any, values: dict[str, Any]) -> Tokens:
         if start >= end:
             raise RowError(f"message {turn + 1}: the answer has no token of its own")
         stop = end
-        while stop < len(offsets) and chat.text[slice(*offsets[stop])].isspace():
+        while stop < len(offsets) and not chat.text[slice(*offsets[stop])].strip():
             stop += 1
         if closed:
             pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
 from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 
 from nemo_eaft.data.packing import PACKED_NAMES, metadata_path
-from nemo_eaft.data.prepare import PreparedData
+from nemo_eaft.data.prepare import read_prepared
 from nemo_eaft.settings import Settings
 
 
@@ -64,15 +63,16 @@ class PreparedDataModule(FineTuningDataModule):
         )
 
 
-def data_module(settings: Settings, prepared: PreparedData, tokenizer: Any) -> FineTuningDataModule:
+def build_module(settings: Settings, root: Path, tokenizer: Any) -> FineTuningDataModule:
     """Build the data module, on every rank alike.
 
     Args:
         settings: the run.
-        prepared: what :func:`nemo_eaft.data.prepare` returned or :func:`load_prepared` read.
+        root: the folder that :func:`nemo_eaft.data.prepare` filled, ``run.dir/data``.
         tokenizer: NeMo's ``AutoTokenizer`` of the model. ``tokenizer="model"`` of ``llm.finetune`` is fine
         too.
     """
+    prepared = read_prepared(root)
     trainer, parallel = settings.trainer, settings.parallel
     # NeMo pads a batch to a multiple of 16 tokens; where the ranks need another multiple, to the full length.
     unit = (
@@ -84,7 +84,7 @@ def data_module(settings: Settings, prepared: PreparedData, tokenizer: Any) -> F
         # Transformer Engine makes the causal mask itself; a dense one would cost seq_length ** 2 bytes a row.
         kwargs["get_attention_mask_from_fusion"] = True
     common: dict[str, Any] = {
-        "dataset_root": prepared.root,
+        "dataset_root": str(root),
         "seq_length": trainer.seq_length,
         "tokenizer": tokenizer,
         "micro_batch_size": trainer.micro_batch_size,
@@ -98,9 +98,9 @@ def data_module(settings: Settings, prepared: PreparedData, tokenizer: Any) -> F
         specs = PackedSequenceSpecs(
             packed_sequence_size=settings.data.packed_size or trainer.seq_length,
             tokenizer_model_name="prepared",
-            packed_train_data_path=str(Path(prepared.root) / PACKED_NAMES["train"]),
+            packed_train_data_path=str(root / PACKED_NAMES["train"]),
             packed_val_data_path=(
-                str(Path(prepared.root) / PACKED_NAMES["validation"]) if prepared.validation_rows else None
+                str(root / PACKED_NAMES["validation"]) if prepared.validation_rows else None
             ),
         )
         kwargs.pop("get_attention_mask_from_fusion", None)  # packs carry row boundaries instead of a mask
@@ -110,9 +110,3 @@ def data_module(settings: Settings, prepared: PreparedData, tokenizer: Any) -> F
     # NeMo un-escapes the template, which would garble anything but ASCII.
     kwargs["prompt_template"] = settings.data.prompt_template.encode("unicode_escape").decode("ascii")
     return FineTuningDataModule(**common, dataset_kwargs=kwargs)
-
-
-def load_prepared(settings: Settings) -> PreparedData:
-    """What another rank's :func:`nemo_eaft.data.prepare` wrote to ``run.dir``."""
-    path = Path(settings.run.dir) / "data" / "prepared.json"
-    return PreparedData(**json.loads(path.read_text())["prepared"])

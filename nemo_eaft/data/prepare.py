@@ -10,13 +10,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from nemo_eaft.atomic import replacing
 from nemo_eaft.data.chat import check_template, tokenize_chat
-from nemo_eaft.data.packing import PACKED_NAMES, pack
+from nemo_eaft.data.packing import PACKED_NAMES, metadata_path, pack
 from nemo_eaft.data.rows import Row, RowError, Source
 from nemo_eaft.data.tokens import Tokens, tokenize_pair
 from nemo_eaft.settings import Settings
@@ -33,8 +34,6 @@ Kind = Literal["chat", "pair"]
 class PreparedData:
     """What :func:`prepare` wrote. Row and token counts are of the rows kept."""
 
-    root: str
-    """The folder, for NeMo's ``dataset_root``."""
     kind: Kind
     """``chat``: rows of token ids; ``pair``: rows of ``input``/``output`` text."""
     packed: bool
@@ -68,10 +67,7 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
         are), a
             tokenizer that cannot be used, or fewer validation rows than one global batch.
     """
-    sources = {"train": Source("data.train", settings.data.train, settings.data.train_split)}
-    if settings.data.validation is not None:
-        name, split = settings.data.validation, settings.data.validation_split
-        sources["validation"] = Source("data.validation", name, split)
+    sources = _sources(settings)
     for source in sources.values():
         source.check()
     if tokenizer.eos_token_id is None:
@@ -92,49 +88,75 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
         )
     if kind == "chat":
         check_template(tokenizer)
-    root.mkdir(parents=True, exist_ok=True)
-    _forget(root)
     counts: dict[str, Any] = {"longest": 0}
-    for part, source in sources.items():
-        part_counts = _write(settings, tokenizer, source, part, kind, root)
-        counts["longest"] = max(counts["longest"], part_counts.pop("longest"))
-        counts |= {f"{part}_{name}": value for name, value in part_counts.items()}
-    prepared = PreparedData(root=str(root), kind=kind, packed=settings.data.packed, **counts)
-    _check_validation(settings, prepared)
+    # All files take their names together, at the end of the block, and only if no row stopped it.
+    with ExitStack() as files:
+        for part, source in sources.items():
+            part_counts = _write(settings, tokenizer, source, part, kind, root, files)
+            counts["longest"] = max(counts["longest"], part_counts.pop("longest"))
+            counts |= {f"{part}_{name}": value for name, value in part_counts.items()}
+        prepared = PreparedData(kind=kind, packed=settings.data.packed, **counts)
+        _check_validation(settings, prepared)
+        _forget(root)
     with replacing(root / "prepared.json") as temporary:
         temporary.write_text(json.dumps({"identity": identity, "prepared": asdict(prepared)}, indent=1))
     return prepared
 
 
+def find_prepared(settings: Settings, tokenizer: Any) -> PreparedData | None:
+    """What :func:`prepare` would find written already for these settings and sources, or None."""
+    sources = _sources(settings)
+    return _already(Path(settings.run.dir) / "data", _identity(settings, tokenizer, sources))
+
+
+def _sources(settings: Settings) -> dict[str, Source]:
+    data = settings.data
+    sources = {"train": Source("data.train", data.train, data.train_split)}
+    if data.validation is not None:
+        sources["validation"] = Source("data.validation", data.validation, data.validation_split)
+    return sources
+
+
+def read_prepared(root: Path) -> PreparedData:
+    """What an earlier :func:`prepare` wrote to ``root``, in any process.
+
+    Raises:
+        FileNotFoundError: nothing was prepared there.
+    """
+    return PreparedData(**json.loads((root / "prepared.json").read_text())["prepared"])
+
+
 def _write(
-    settings: Settings, tokenizer: Any, source: Source, part: str, kind: Kind, root: Path
+    settings: Settings, tokenizer: Any, source: Source, part: str, kind: Kind, root: Path, files: ExitStack
 ) -> dict[str, int]:
     limit = settings.data.validation_rows if part == "validation" else None
     counts = {"rows": 0, "answer_tokens": 0, "skipped": 0, "longest": 0}
     bad: list[str] = []
     kept: list[Tokens] = []
-    with replacing(root / _NAMES[part]) as temporary:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for row, tokens in _tokenized(settings, tokenizer, source, kind):
-                if isinstance(tokens, str):
-                    counts["skipped"] += 1
-                    if len(bad) < _SHOWN:
-                        bad.append(f"  {row.where}: {tokens}")
-                    continue
-                counts["rows"] += 1
-                counts["answer_tokens"] += sum(end - start for start, end in tokens.answers)
-                counts["longest"] = max(counts["longest"], len(tokens.input_ids))
-                file.write(json.dumps(_line(row, tokens, kind)) + "\n")
-                if settings.data.packed:
-                    kept.append(tokens)
-                if counts["rows"] == limit:
-                    break
-        _report(settings, source, counts, bad)
+    temporary = files.enter_context(replacing(root / _NAMES[part]))
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for row, tokens in _tokenized(settings, tokenizer, source, kind):
+            if isinstance(tokens, str):
+                counts["skipped"] += 1
+                if len(bad) < _SHOWN:
+                    bad.append(f"  {row.where}: {tokens}")
+                continue
+            counts["rows"] += 1
+            counts["answer_tokens"] += sum(end - start for start, end in tokens.answers)
+            counts["longest"] = max(counts["longest"], len(tokens.input_ids))
+            file.write(json.dumps(_line(row, tokens, kind)) + "\n")
+            if settings.data.packed:
+                kept.append(tokens)
+            if counts["rows"] == limit:
+                break
+    _report(settings, source, counts, bad)
     counts["samples"] = counts["rows"]
     if settings.data.packed:
         size = settings.data.packed_size or settings.trainer.seq_length
+        path = root / PACKED_NAMES[part]
+        pack_file, metadata = (files.enter_context(replacing(name)) for name in (path, metadata_path(path)))
         counts["samples"] = pack(
-            kept, root / PACKED_NAMES[part], size, tokenizer.eos_token_id, settings.trainer.seed
+            kept, pack_file, metadata, size, tokenizer.eos_token_id, settings.trainer.seed
         )
     return counts
 
@@ -259,7 +281,7 @@ def _already(root: Path, identity: dict[str, Any]) -> PreparedData | None:
         return None
     names = PACKED_NAMES if prepared.packed else _NAMES
     needed = [names[part] for part in identity["sources"]]
-    if prepared.root != str(root) or not all((root / name).is_file() for name in needed):
+    if not all((root / name).is_file() for name in needed):
         return None
     return prepared
 

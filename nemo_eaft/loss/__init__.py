@@ -60,7 +60,8 @@ def eaft_loss(
     Returns:
         ``TokenLoss``: [...] float32 (float64 for float64 logits), replicated. The gradient with respect to
         ``logits`` is ``upstream * weight * (softmax - onehot)`` over this rank's columns, rounded once to the
-        logits' dtype. It cannot be differentiated again.
+        logits' dtype. Backward with
+        ``create_graph=True`` raises ``RuntimeError``.
 
     Raises:
         ValueError: a wrong shape, dtype, device or vocabulary size; logits that are already gathered; a label

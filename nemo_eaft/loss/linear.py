@@ -4,15 +4,14 @@ Logits exist for one chunk of tokens at a time, in forward and again in backward
 no memory of the size of the vocabulary per token.
 
 Legend:
-    hidden   [..., D], replicated on the group; under sequence parallelism this rank's part [S / ranks, ...,
-    D] weight   [V_local, D], this rank's rows of the output layer
+    hidden   [..., D], replicated; under sequence parallelism this rank's part [S / ranks, ..., D]
+    weight   [V_local, D], this rank's rows of the output layer
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from nemo_eaft.config import EAFTConfig
@@ -27,7 +26,7 @@ from nemo_eaft.loss.collectives import (
 from nemo_eaft.loss.records import local_records, merge_records
 from nemo_eaft.loss.shard import IGNORED, Shard
 from nemo_eaft.loss.token_loss import TokenLoss
-from nemo_eaft.loss.vocab_parallel import coefficients, weigh, write_gradient
+from nemo_eaft.loss.vocab_parallel import coefficients, refuse_second_derivative, weigh, write_gradient
 
 # Logits of a chunk: large enough for an efficient matrix product, small beside the weight of any real model.
 _CHUNK_BYTES = 64 << 20
@@ -45,8 +44,7 @@ def eaft_linear_loss(
     loss_mask: Tensor | None = None,
     sequence_parallel: bool = False,
 ) -> TokenLoss:
-    """``eaft_loss(hidden @ weight.T, ...)`` without holding the logits; same meaning of every shared
-    argument.
+    """``eaft_loss(hidden @ weight.T, ...)`` without holding the logits; shared arguments mean the same.
 
     Collectives over ``group``, whatever the values: forward one all-gather of records, and under
     ``sequence_parallel`` one of ``hidden`` before it; backward one sum of the hidden gradient (reduce-scatter
@@ -56,8 +54,7 @@ def eaft_linear_loss(
         hidden: [..., D] float, the same on every rank. Under ``sequence_parallel`` the equal part of
             dimension 0 that this rank holds, in rank order: [S / ranks, ..., D].
         weight: [V_local, D] of the same dtype, this rank's rows of the padded output layer.
-        labels: [...] int64, the same on every rank; under ``sequence_parallel`` of the whole sequence: [S,
-            ...].
+        labels: [...] int64, the same on every rank; with ``sequence_parallel`` the whole sequence's, [S, ...].
         sequence_parallel: ``hidden`` is split over the group along dimension 0.
 
     Returns:
@@ -121,8 +118,8 @@ class _LinearLoss(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         if grad_loss is None:
             return (None,) * 7
         hidden, weight, target, maximum, log_sum, token_weight = ctx.saved_tensors

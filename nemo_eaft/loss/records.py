@@ -75,8 +75,7 @@ def local_records(logits: Tensor, target: Tensor, shard: Shard, top_k: int | Non
 
 
 def skippable(target: Tensor) -> bool:
-    """Whether a block of rows holds no token that counts; only asked where the answer costs no device
-    wait."""
+    """Whether a block of rows has no token that counts; only asked where the host need not wait."""
     return target.device.type == "cpu" and bool((target == IGNORED).all())
 
 
@@ -116,8 +115,7 @@ def target_value(rows: Tensor, target: Tensor) -> Tensor:
 
 
 def finite_shift(maximum: Tensor) -> Tensor:
-    """What to subtract before the exponential: the maximum, or 0 where it is -Inf and the difference would be
-    NaN."""
+    """What to subtract before the exponential: the maximum, or 0 for -Inf, as -Inf - -Inf is NaN."""
     return torch.where(maximum == float("-inf"), 0.0, maximum)
 
 
@@ -145,7 +143,8 @@ def merge_records(records: Tensor, top_k: int | None) -> RowStatistics:
     target = _add_in_order([records[rank, :, _TARGET] for rank in range(ranks)])
     cross_entropy = (maximum - target) + log_sum
     if top_k is None:
-        partial = (records[..., _ENTROPY] + shift * sums) * scale
+        # shift * d overflows for a shard so far below that its scale is 0: 0 * -Inf again.
+        partial = torch.where(scale == 0, 0.0, (records[..., _ENTROPY] + shift * sums) * scale)
         entropy = log_sum - _add_in_order([partial[rank] for rank in range(ranks)]) / total
     else:
         values = torch.cat([records[rank, :, _ENTROPY:] for rank in range(ranks)], dim=-1)

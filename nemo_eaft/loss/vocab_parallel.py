@@ -6,16 +6,16 @@ columns only.
 
 Legend:
     logits   [..., V_local] float32, bfloat16, float16 or float64, this rank's shard
-    target   [tokens] int32, column of the label in this shard, or one of ``shard.ELSEWHERE``,
-    ``shard.IGNORED`` everything per token is float32 (float64 for float64 logits) and identical on every rank
-    of the group
+    target   [tokens] int32, the label's column in this shard, or ``shard.ELSEWHERE`` or ``shard.IGNORED``
+
+Everything per token but the target is float32 (float64 for float64 logits) and identical on every rank of the
+group.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from nemo_eaft.config import EAFTConfig
@@ -49,8 +49,7 @@ def vocab_parallel_loss(
 
 
 def weigh(statistics: RowStatistics, target: Tensor, config: EAFTConfig, vocab_size: int) -> TokenLoss:
-    """[tokens] loss, cross-entropy, entropy and weight of merged rows; exactly 0 where a token does not
-    count."""
+    """[tokens] loss, cross-entropy, entropy and weight of merged rows; exactly 0 at ignored tokens."""
     # Rounding may leave a uniform row an ulp above its bound, and its weight above 1. NaN stays NaN.
     entropy = statistics.entropy.clamp(max=config.entropy_bound(vocab_size))
     ratio = entropy / config.entropy_normalizer(vocab_size)
@@ -62,8 +61,7 @@ def weigh(statistics: RowStatistics, target: Tensor, config: EAFTConfig, vocab_s
 def gradient_rows(
     block: Tensor, target: Tensor, columns: int, maximum: Tensor, log_sum: Tensor, coefficient: Tensor
 ) -> Tensor:
-    """[r, columns]: ``coefficient * (softmax(z) - onehot(label))`` before rounding, +0 in rows that do not
-    count.
+    """[r, columns]: ``coefficient * (softmax(z) - onehot(label))`` before rounding, +0 in ignored rows.
 
     Args:
         block: [r, V_local] logits.
@@ -81,9 +79,18 @@ def gradient_rows(
 
 
 def coefficients(weight: Tensor, grad_loss: Tensor, target: Tensor) -> Tensor:
-    """[tokens]: weight times upstream gradient, exactly 0 where a token does not count, whatever comes
-    upstream."""
+    """[tokens]: weight times upstream gradient; exactly 0 at ignored tokens, whatever comes upstream."""
     return torch.where(target != IGNORED, weight * grad_loss.flatten(), 0.0)
+
+
+def refuse_second_derivative() -> None:
+    """Raise where the gradient itself is to be differentiated.
+
+    ``once_differentiable`` would only do so where the upstream gradient requires grad; otherwise it returns a
+    constant, and a gradient penalty would silently be without gradient.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("the EAFT loss cannot be differentiated twice: backward needs create_graph=False")
 
 
 class _VocabParallelLoss(torch.autograd.Function):
@@ -111,8 +118,8 @@ class _VocabParallelLoss(torch.autograd.Function):
         return shaped
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         if ctx.overwritten:
             raise RuntimeError(
                 "backward ran a second time, but with inplace_backward=True the first run wrote the gradient "

@@ -11,11 +11,28 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-COLLECTIVES = (
-    "all_gather all_gather_into_tensor all_gather_object all_gather_single all_reduce all_to_all all_to_all_single barrier broadcast "
-    "broadcast_object_list gather irecv isend recv reduce reduce_scatter reduce_scatter_single "
-    "reduce_scatter_tensor scatter send"
-).split()
+COLLECTIVES = [
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_gather_single",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "irecv",
+    "isend",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor",
+    "scatter",
+    "send",
+]
 
 Call = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
 

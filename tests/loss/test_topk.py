@@ -68,9 +68,12 @@ def test_every_width_takes_a_right_path(width: int) -> None:
 def test_wide_rows_use_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
     real = topk.block_top_values
-    monkeypatch.setattr(
-        topk, "block_top_values", lambda rows, k, block: used.append(block) or real(rows, k, block)
-    )
+
+    def blocks(rows: Tensor, k: int, block: int) -> Tensor:
+        used.append(block)
+        return real(rows, k, block)
+
+    monkeypatch.setattr(topk, "block_top_values", blocks)
     for width in (1000, 18992, 151936):
         top_values(torch.randn(1, width), 20)
     assert used == [64, 128]

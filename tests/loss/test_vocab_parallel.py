@@ -64,7 +64,7 @@ def test_the_reference_path_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", ["triton", "cuda", ""])
 def test_an_unknown_backend_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("NEMO_EAFT_BACKEND", name)
-    with pytest.raises(ValueError, match=f"NEMO_EAFT_BACKEND must be one of torch, reference, got '{name}'"):
+    with pytest.raises(ValueError, match=rf"NEMO_EAFT_BACKEND must be one of torch, reference, got '{name}'"):
         eaft_loss(*batch(), CONFIG)
 
 
@@ -114,7 +114,7 @@ def test_several_ranks_need_the_vocabulary_size() -> None:
     def rank_loss(rank: int) -> None:
         part = shard(LOGITS, rank, 2)
         with pytest.raises(
-            ValueError, match="vocab_size is required .* got None with 2 ranks: the local size 20"
+            ValueError, match=r"vocab_size is required .* got None with 2 ranks: the local size 20"
         ):
             eaft_loss(part, LABELS, CONFIG, group=dist.group.WORLD)
         with pytest.raises(ValueError, match=r"local size x world size = 20 x 2 = 40, got 41"):
@@ -156,7 +156,12 @@ def test_memory_never_a_large_tensor_but_the_gradient(
     whole = logits.numel() * logits.element_size()
     labels = torch.randint(0, vocab, (tokens,))
     saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with Allocations() as forward:
             loss = eaft_loss(logits, labels, CONFIG).loss
     assert forward.made, "the recorder saw nothing"
@@ -202,11 +207,12 @@ def test_rows_of_ignored_tokens_are_not_even_read_where_looking_is_free(
     monkeypatch.setitem(rows._BLOCK_BYTES, "cpu", 1)
     read: list[int] = []
     real = rows.TokenRows.read
-    monkeypatch.setattr(
-        vocab_parallel.TokenRows,
-        "read",
-        lambda self, start, stop: read.append(start) or real(self, start, stop),
-    )
+
+    def reading(self: rows.TokenRows, start: int, stop: int) -> torch.Tensor:
+        read.append(start)
+        return real(self, start, stop)
+
+    monkeypatch.setattr(rows.TokenRows, "read", reading)
     labels[1] = labels[3] = -100
     logits.requires_grad_()
     eaft_loss(logits, labels, CONFIG).loss.sum().backward()

@@ -1,0 +1,161 @@
+"""``nemo-eaft import | train | export``.
+
+Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+_OVERRIDES = "group.key=value or group=file, for example trainer.max_steps=5 or loss=sft"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return the exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.run
+    return _guarded(lambda: command(arguments))
+
+
+def run_rank(argv: list[str]) -> int:
+    """Entry point of ``python -m nemo_eaft.train CONF [key=value ...]``: a rank, or the launcher if started
+    alone."""
+    return main(["train", *argv])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nemo-eaft", description="Entropy-Adaptive Fine-Tuning with NeMo and Megatron-Core."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(run=run)
+        return command
+
+    for name, run, help in (
+        ("import", _import, "convert the Hugging Face model of a configuration to a NeMo checkpoint"),
+        ("train", _train, "train; started alone it starts its own ranks, under torchrun or srun it is one"),
+    ):
+        command = add(name, run, help)
+        command.add_argument("conf", metavar="CONF", help="a name of conf/ (demo) or a .yaml file")
+        command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=_OVERRIDES)
+    export = add("export", _export, "convert a checkpoint to a Hugging Face folder")
+    export.add_argument("checkpoint", type=Path, help="a checkpoint, or a run.dir for its newest one")
+    export.add_argument("output", type=Path, help="folder to write; must not exist or be empty")
+    export.add_argument(
+        "--hf", type=Path, help="folder or files of the model that was imported; default: that of the run"
+    )
+    export.add_argument("--backend", choices=("cuda", "cpu"), help="default: that of the run")
+    return parser
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """Turn errors into messages and exit codes."""
+    from nemo_eaft.launch import is_users
+
+    # A warning for the user is one line; where it was raised is our business.
+    warnings.showwarning = lambda message, *_: print(f"nemo-eaft: warning: {message}", file=sys.stderr)
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print("nemo-eaft: interrupted", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        if not is_users(error):
+            raise
+        print(f"nemo-eaft: {error}", file=sys.stderr)
+        return 2
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from nemo_eaft.compose import compose
+    from nemo_eaft.ready import import_model, open_model
+
+    settings = compose(arguments.conf, arguments.overrides)
+    print(import_model(settings, open_model(settings)))
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from nemo_eaft.compose import compose
+    from nemo_eaft.launch import check_world, launched, run_local, write_error
+
+    settings = compose(arguments.conf, arguments.overrides)
+    place = launched()
+    if place is None:
+        from nemo_eaft.ready import make_ready
+
+        make_ready(settings)
+        return run_local(settings, [arguments.conf, *arguments.overrides])
+    rank, ranks = place
+    try:
+        check_world(settings, ranks)
+        from nemo_eaft.ready import make_ready, wait_ready
+
+        checkpoint = make_ready(settings) if rank == 0 else wait_ready(settings)
+        from nemo_eaft.train import run_training
+
+        run_training(settings, checkpoint)
+    except (Exception, SystemExit) as error:
+        write_error(Path(settings.run.dir), rank, error)
+        raise
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from nemo_eaft.convert import HF_FILES, hf_folder, run_in_own_process
+    from nemo_eaft.ready import CONFIG, checkpoints_in, is_checkpoint
+
+    checkpoint: Path = arguments.checkpoint
+    if not checkpoint.is_dir():
+        raise ValueError(f"checkpoint {checkpoint}: no such folder")
+    run_dir = next(
+        (folder for folder in (checkpoint, *checkpoint.resolve().parents) if (folder / CONFIG).is_file()),
+        None,
+    )
+    if not is_checkpoint(checkpoint):
+        there = checkpoints_in(checkpoint)
+        if not there:
+            raise ValueError(
+                f"checkpoint {checkpoint}: neither a complete NeMo checkpoint nor a run with one"
+            )
+        checkpoint = there[-1]
+    output: Path = arguments.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output {output} exists and is not an empty folder")
+    hf, backend = arguments.hf, arguments.backend
+    if run_dir is not None:
+        from nemo_eaft.compose import load
+        from nemo_eaft.hf_model import imported_folder
+
+        settings = load(run_dir / CONFIG)
+        backend = backend or settings.run.backend
+        if hf is None:
+            model = settings.model
+            hf = imported_folder(model, hf_folder(model.hf, model.trust_remote_code)) / HF_FILES
+    elif hf is None and (checkpoint / HF_FILES).is_dir():
+        hf = checkpoint / HF_FILES
+    if hf is None:
+        raise ValueError(
+            f"--hf: {checkpoint} lies in no run.dir, so the folder of the model it came from must be given"
+        )
+    if not (hf / "config.json").is_file():
+        raise ValueError(f"--hf {hf}: no config.json there")
+    if backend is None:
+        import torch
+
+        backend = "cuda" if torch.cuda.is_available() else "cpu"
+    run_in_own_process(["to-hf", str(checkpoint.resolve()), str(output), str(hf)], backend)
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

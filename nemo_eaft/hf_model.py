@@ -1,0 +1,109 @@
+"""The Hugging Face side of a run: where the model is, where its conversion goes, and whether the settings fit
+it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from nemo_eaft.settings import ModelSettings, Settings
+
+
+def home() -> Path:
+    """Where conversions and the demo's files are kept: ``$NEMO_EAFT_HOME``, or ``~/.cache/nemo_eaft``."""
+    return Path(os.environ.get("NEMO_EAFT_HOME") or "~/.cache/nemo_eaft").expanduser()
+
+
+def imported_folder(model: ModelSettings, folder: Path) -> Path:
+    """Where the converted checkpoint of a model belongs.
+
+    Args:
+        model: ``model.imported`` wins if it is set; ``model.tokenizer`` takes part, for the checkpoint holds
+        it. folder: the local folder of ``model.hf``.
+
+    Returns:
+        ``<home>/imported/<name>-<12 digits>``. The digits change with any file of the model (name, size, time
+        of change; for a snapshot of the hub, whose folder is named by its content, that name), so a model
+        that was trained further in place is converted anew.
+    """
+    if model.imported is not None:
+        return Path(model.imported).expanduser()
+    digest = hashlib.sha256()
+    if folder.parent.name == "snapshots":
+        digest.update(folder.name.encode())
+    else:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+                stat = path.stat()
+                digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    digest.update(f"{model.tokenizer}".encode())
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", model.hf if not Path(model.hf).exists() else folder.name).strip("-")
+    return home() / "imported" / f"{slug}-{digest.hexdigest()[:12]}"
+
+
+def check_model(settings: Settings, hf_config: Any, tokenizer: Any) -> None:
+    """Check the settings against the model, before anything is converted or started.
+
+    Args:
+        settings: the run.
+        hf_config: the model's ``transformers`` configuration.
+        tokenizer: its Hugging Face tokenizer.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed. The rules for heads and layers are those of
+            megatron-core 0.15.3 (``transformer_config.py``), which refuses fewer key-value heads than ranks.
+    """
+    from nemo_eaft.convert import FAMILIES
+
+    parallel = settings.parallel
+    if hf_config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model.hf={settings.model.hf}: model type {hf_config.model_type} cannot be converted; allowed "
+            f"are "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    heads = hf_config.num_attention_heads
+    kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
+    if heads % parallel.tensor or kv_heads % parallel.tensor:
+        allowed = [n for n in range(1, kv_heads + 1) if heads % n == 0 and kv_heads % n == 0]
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} must divide the {heads} attention heads and {kv_heads} "
+            f"key-value heads of "
+            f"{settings.model.hf}: allowed are {', '.join(map(str, allowed))}"
+        )
+    layers = hf_config.num_hidden_layers
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if layers % chunks:
+        shown = f"parallel.pipeline={parallel.pipeline}"
+        if parallel.virtual_pipeline:
+            shown += f" x parallel.virtual_pipeline={parallel.virtual_pipeline}"
+        raise ValueError(f"{shown} must divide the {layers} layers of {settings.model.hf}")
+    experts = next(
+        (value for key in ("num_local_experts", "num_experts") if (value := getattr(hf_config, key, None))),
+        None,
+    )
+    if parallel.expert > 1 and (experts is None or experts % parallel.expert):
+        there = (
+            "has no experts: allowed is 1"
+            if experts is None
+            else f"has {experts} experts, which it must divide"
+        )
+        raise ValueError(f"parallel.expert={parallel.expert}: {settings.model.hf} {there}")
+    if len(tokenizer) > hf_config.vocab_size:
+        raise ValueError(
+            f"model.tokenizer={settings.model.tokenizer or settings.model.hf} has {len(tokenizer)} tokens, "
+            f"the model "
+            f"{settings.model.hf} only {hf_config.vocab_size} rows (vocab_size): a label above them would "
+            f"have no logit"
+        )
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    if positions is not None and settings.trainer.seq_length > positions:
+        warnings.warn(
+            f"trainer.seq_length={settings.trainer.seq_length} is longer than the {positions} positions that "
+            f"{settings.model.hf} was made for",
+            stacklevel=2,
+        )

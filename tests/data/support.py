@@ -1,0 +1,130 @@
+"""Tokenizers and templates for the data tests, with no download.
+
+The templates are short ones written for these tests with the markers and the peculiarities of the originals:
+what each puts before an answer, after it, and into earlier turns.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from nemo_eaft.compose import from_mapping
+from nemo_eaft.settings import Settings
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
+
+_TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+_GENERATE = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+_DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
+)
+
+SMOLLM2 = _DEFAULT_SYSTEM + "{% for m in messages %}" + _TURN + "{% endfor %}" + _GENERATE
+
+# Tools go into the system turn; a turn of the assistant may be calls instead of text.
+QWEN25 = (
+    "{% if tools %}{{ '<|im_start|>system\n# Tools\n' }}"
+    "{% for t in tools %}{{ t | tojson + '\n' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% else %}" + _DEFAULT_SYSTEM + "{% endif %}"
+    "{% for m in messages %}{% if m.tool_calls %}{{ '<|im_start|>assistant' }}"
+    "{% for c in m.tool_calls %}{{ '\n<tool_call>\n' + (c | tojson) + '\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% else %}" + _TURN + "{% endif %}{% endfor %}" + _GENERATE
+)
+
+# Reasoning is shown in the answers after the last question only, where its block is always written, empty or
+# not.
+QWEN3 = (
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% set parts = m.content.split('</think>') %}{% set text = parts[-1].lstrip('\n') %}"
+    "{% set thought = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}"
+    "{{ '<|im_start|>assistant\n' }}"
+    "{% if loop.index0 > ns.last and (loop.last or thought) %}"
+    "{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ text + '<|im_end|>\n' }}{% else %}" + _TURN + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
+)
+
+# No generation prompt, a space around the answer, and content that is trimmed.
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content | trim + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + ' </s>' }}{% endif %}{% endfor %}"
+)
+
+PLAIN = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' }}"
+    "{% endif %}{{ '\n' }}{% endfor %}" + _GENERATE
+)
+
+CHATML = {"smollm2": SMOLLM2, "qwen2.5": QWEN25, "qwen3": QWEN3}
+
+CORPUS = [
+    "What is two plus two? The answer is four, and the capital of France is Paris.",
+    "user assistant system\nCall a function with its arguments as JSON.\n\nThink first, then answer.",
+    '{"name": "area", "arguments": {"base": 10, "height": 5}}',
+] * 4
+
+
+def make_tokenizer(template: str | None = SMOLLM2, eos: str = "<|im_end|>") -> PreTrainedTokenizerFast:
+    """A small byte-level BPE tokenizer: any text goes through it unchanged."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token=eos,
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL,
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
+    """Messages by user and assistant in turn."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_settings(
+    folder: Path, train: Path | str, validation: Path | str | None = None, **groups: Any
+) -> Settings:
+    """Settings of a small run in ``folder``; ``groups`` are further values, by group."""
+    mapping: dict[str, dict[str, Any]] = {
+        "model": {"hf": "unused"},
+        "data": {"train": str(train), "validation": None if validation is None else str(validation)},
+        "trainer": {"max_steps": 2, "global_batch_size": 2, "micro_batch_size": 1, "seq_length": 128},
+        "run": {"dir": str(folder / "run"), "backend": "cpu"},
+    }
+    for name, values in groups.items():
+        mapping[name] = mapping.get(name, {}) | values
+    return from_mapping(mapping)

@@ -1,0 +1,189 @@
+"""The tokens in the loss are the assistant's and no others: shown by decoding them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_eaft.data import RowError, Tokens, tokenize_chat
+from nemo_eaft.data.chat import check_template
+from tests.data import support
+from tests.data.support import CHATML, chat, make_tokenizer
+
+
+def answers(tokenizer: Any, tokens: Tokens) -> list[str]:
+    """The text of each range in the loss."""
+    return [tokenizer.decode(tokens.input_ids[start:end]) for start, end in tokens.answers]
+
+
+def assert_same_ids(tokenizer: Any, tokens: Tokens, messages: list[dict[str, Any]], **options: Any) -> None:
+    assert tokens.input_ids == tokenizer.apply_chat_template(messages, **options)
+    assert sum(tokens.loss_mask) == sum(end - start for start, end in tokens.answers)
+
+
+@pytest.mark.parametrize("name", CHATML)
+def test_single_turn_trains_the_answer_and_its_end_token_only(name: str) -> None:
+    tokenizer = make_tokenizer(CHATML[name])
+    messages = chat("What is two plus two?", "The answer is four.", system="Be brief.")
+    tokens = tokenize_chat(tokenizer, {"messages": messages})
+    assert answers(tokenizer, tokens) == ["The answer is four.<|im_end|>"]
+    assert_same_ids(tokenizer, tokens, messages)
+    # The newline after the end token is the template's, and stays out.
+    assert tokens.answers[0][1] < len(tokens.input_ids)
+
+
+@pytest.mark.parametrize("name", CHATML)
+def test_every_turn_of_the_assistant_is_trained(name: str) -> None:
+    tokenizer = make_tokenizer(CHATML[name])
+    messages = chat("Two plus two?", "Four.", "And the capital of France?", "Paris.", "Thanks", "Bye")
+    tokens = tokenize_chat(tokenizer, {"messages": messages})
+    assert answers(tokenizer, tokens) == ["Four.<|im_end|>", "Paris.<|im_end|>", "Bye<|im_end|>"]
+    assert_same_ids(tokenizer, tokens, messages)
+
+
+def test_answer_text_that_also_stands_in_the_prompt() -> None:
+    tokenizer = make_tokenizer()
+    messages = chat("Say: Paris", "Paris", "Paris", "Paris")
+    tokens = tokenize_chat(tokenizer, {"messages": messages})
+    assert answers(tokenizer, tokens) == ["Paris<|im_end|>", "Paris<|im_end|>"]
+    text = tokenizer.decode(tokens.input_ids)
+    first = tokenizer.decode(tokens.input_ids[: tokens.answers[0][0]])
+    assert first.endswith("<|im_start|>assistant\n")
+    assert text.startswith(first + "Paris<|im_end|>")
+
+
+def test_qwen3_empty_think_block_is_prompt_and_given_reasoning_is_answer() -> None:
+    tokenizer = make_tokenizer(support.QWEN3)
+    bare = chat("Two plus two?", "Four.")
+    tokens = tokenize_chat(tokenizer, {"messages": bare})
+    assert "<think>\n\n</think>\n\n" in tokenizer.decode(tokens.input_ids)
+    assert answers(tokenizer, tokens) == ["Four.<|im_end|>"]
+
+    reasoned = chat("Two plus two?", "<think>\nCount.\n</think>\n\nFour.")
+    tokens = tokenize_chat(tokenizer, {"messages": reasoned})
+    assert answers(tokenizer, tokens) == ["<think>\nCount.\n</think>\n\nFour.<|im_end|>"]
+    assert_same_ids(tokenizer, tokens, reasoned)
+
+
+def test_qwen3_reasoning_of_earlier_turns_is_dropped_and_does_not_confuse() -> None:
+    tokenizer = make_tokenizer(support.QWEN3)
+    messages = chat("Two plus two?", "<think>\nCount.\n</think>\n\nFour.", "And three?", "Six.")
+    tokens = tokenize_chat(tokenizer, {"messages": messages})
+    assert "Count." not in tokenizer.decode(tokens.input_ids)
+    assert answers(tokenizer, tokens) == ["Four.<|im_end|>", "Six.<|im_end|>"]
+    assert_same_ids(tokenizer, tokens, messages)
+
+
+def test_tools_and_tool_calls() -> None:
+    tokenizer = make_tokenizer(support.QWEN25)
+    tools = [{"name": "area", "parameters": {}}]
+    call = {"name": "area", "arguments": {"base": 10}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "Area?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "25"},
+        {"role": "assistant", "content": "It is 25.", "tool_calls": None},
+    ]
+    tokens = tokenize_chat(tokenizer, {"messages": messages, "tools": tools})
+    called, said = answers(tokenizer, tokens)
+    assert called.strip().startswith("<tool_call>")
+    assert called.endswith("</tool_call><|im_end|>")
+    assert said == "It is 25.<|im_end|>"
+    assert "# Tools" in tokenizer.decode(tokens.input_ids)
+
+
+def test_template_without_generation_prompt_that_trims() -> None:
+    tokenizer = make_tokenizer(support.LLAMA2, eos="</s>")
+    messages = chat(" Two plus two? ", "  Four.  ", "Three?", "Six.")
+    tokens = tokenize_chat(tokenizer, {"messages": messages})
+    assert [text.strip() for text in answers(tokenizer, tokens)] == ["Four. </s>", "Six. </s>"]
+    assert_same_ids(tokenizer, tokens, messages)
+
+
+def test_template_without_end_token_gets_the_end_of_sequence_token() -> None:
+    tokenizer = make_tokenizer(support.PLAIN)
+    tokens = tokenize_chat(tokenizer, {"messages": chat("Two?", "Four.")})
+    assert answers(tokenizer, tokens) == [" Four.<|im_end|>"] or answers(tokenizer, tokens) == [
+        "Four.<|im_end|>"
+    ]
+    assert tokens.input_ids[-1] == tokenizer.eos_token_id
+    assert tokens.input_ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_marks_of_the_template_are_kept() -> None:
+    tokenizer = make_tokenizer(support.MARKED)
+    messages = chat("Two?", "Four.", "Three?", "Six.")
+    tokens = tokenize_chat(tokenizer, {"messages": messages})
+    assert answers(tokenizer, tokens) == ["Four.<|im_end|>", "Six.<|im_end|>"]
+    assert_same_ids(tokenizer, tokens, messages)
+
+
+words = st.text(st.characters(codec="utf-8", exclude_characters="<>|"), min_size=1, max_size=40).map(
+    str.strip
+)
+contents = words.filter(bool)
+
+
+@pytest.mark.parametrize("name", CHATML)
+@given(turns=st.lists(st.tuples(contents, contents), min_size=1, max_size=3), system=contents | st.none())
+def test_any_text(name: str, turns: list[tuple[str, str]], system: str | None) -> None:
+    tokenizer = _cached(name)
+    messages = chat(*[text for turn in turns for text in turn], system=system)
+    tokens = tokenize_chat(tokenizer, {"messages": messages})
+    assert answers(tokenizer, tokens) == [answer + "<|im_end|>" for _, answer in turns]
+    assert_same_ids(tokenizer, tokens, messages)
+
+
+_tokenizers: dict[str, Any] = {}
+
+
+def _cached(name: str) -> Any:
+    if name not in _tokenizers:
+        _tokenizers[name] = make_tokenizer(CHATML[name])
+    return _tokenizers[name]
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({}, "'messages' must be a list"),
+        ({"messages": []}, "at least one message"),
+        ({"messages": "hello"}, "must be a list"),
+        ({"messages": ["hello"]}, "message 1 must be an object"),
+        ({"messages": [{"content": "x"}]}, "'role'"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "message 1: 'content' must be text, got list"),
+        ({"messages": chat("Two?")}, "the last message must be the assistant's answer, got role 'user'"),
+        ({"messages": chat("Two?", "")}, r"message 2 \(assistant\) is empty"),
+        ({"messages": chat("Two?", " \n")}, r"message 2 \(assistant\) is empty"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]},
+            "is empty",
+        ),
+    ],
+)
+def test_bad_rows_say_why(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        tokenize_chat(make_tokenizer(), values)
+
+
+def test_a_template_that_refuses_the_row_is_a_bad_row() -> None:
+    tokenizer = make_tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(RowError, match="roles must alternate"):
+        tokenize_chat(tokenizer, {"messages": chat("a", "b")})
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused_not_guessed() -> None:
+    template = (
+        "{% for m in messages %}{{ (messages | length) ~ m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+    )
+    with pytest.raises(RowError, match="cannot tell prompt from answer"):
+        tokenize_chat(make_tokenizer(template), {"messages": chat("a", "b")})
+
+
+def test_a_tokenizer_without_template_is_refused() -> None:
+    with pytest.raises(ValueError, match="no chat template"):
+        check_template(make_tokenizer(template=None))

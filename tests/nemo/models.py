@@ -1,0 +1,129 @@
+"""Tiny random models, a tokenizer, rows and settings that the tests of this folder train with."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_eaft.settings import (
+    DataSettings,
+    LossSettings,
+    ModelSettings,
+    ParallelSettings,
+    RunSettings,
+    Settings,
+    TrainerSettings,
+)
+
+TOKENS = 250
+"""Size of the tokenizer."""
+VOCAB_SIZE = 252
+"""Rows of the models: not the tokenizer's size, divisible by 2, 3 and 4, not by 128."""
+SEQ_LENGTH = 48
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def save_tokenizer(folder: Path, tokens: int = TOKENS) -> None:
+    """A tokenizer whose words are t0, t1, ..., one token each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{index}": index for index in range(tokens - 3)}
+    words |= {"<pad>": tokens - 3, "<s>": tokens - 2, "</s>": tokens - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="t0"
+    ).save_pretrained(folder)
+
+
+def save_model(family: str, folder: Path, *, heads: int = 4, vocab_size: int = VOCAB_SIZE, tokens: int = TOKENS) -> None:
+    """A random float32 model of `family` with its tokenizer, as `save_pretrained` writes them.
+
+    Its weights are large enough for sharp predictions: some tokens are confident conflicts, others near uniform.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 16 * heads,
+        "intermediate_size": 32 * heads,
+        "num_hidden_layers": 4,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 128,
+        "bos_token_id": tokens - 2,
+        "eos_token_id": tokens - 1,
+        "initializer_range": 0.25,
+        "rope_theta": 50_000.0,
+    }
+    configs: dict[str, Any] = {
+        "llama": lambda: LlamaConfig(**common, tie_word_embeddings=False, rms_norm_eps=1e-5),
+        "qwen2": lambda: Qwen2Config(**common, tie_word_embeddings=True, rms_norm_eps=1e-6),
+        "qwen3": lambda: Qwen3Config(**common, tie_word_embeddings=False, rms_norm_eps=1e-6, head_dim=32),
+    }
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(FAMILIES.index(family))
+    model = AutoModelForCausalLM.from_config(configs[family](), torch_dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Norms start at one and biases at zero, where a conversion that drops them would go unseen.
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif "bias" in name:
+                parameter.normal_(std=0.2)
+        model.get_output_embeddings().weight.mul_(2.0)
+    torch.set_rng_state(generator_state)
+    model.save_pretrained(folder)
+    save_tokenizer(folder, tokens)
+
+
+def write_rows(path: Path, count: int, seed: int) -> None:
+    """`input`/`output` rows with prompts of 1 to 20 and answers of 1 to 24 words; no two answers are equal."""
+    chosen = random.Random(seed)
+    seen: set[str] = set()
+    with path.open("w") as file:
+        while len(seen) < count:
+            words = [[f"t{chosen.randrange(TOKENS - 3)}" for _ in range(chosen.randint(1, n))] for n in (20, 24)]
+            prompt, answer = (" ".join(part) for part in words)
+            if answer not in seen:
+                seen.add(answer)
+                file.write(json.dumps({"input": prompt, "output": answer}) + "\n")
+
+
+def run_settings(hf: Path, rows: Path, run_dir: Path, **changes: Any) -> Settings:
+    """A run on `rows/training.jsonl` and `rows/validation.jsonl`; `changes` are `trainer`, `parallel`, `loss` groups."""
+    trainer: dict[str, Any] = {
+        "max_steps": 10,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "seq_length": SEQ_LENGTH,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+        "distributed_optimizer": False,
+        "val_every": 0,
+        "val_batches": 2,
+        "save_every": 1000,
+        "seed": 7,
+    } | changes.get("trainer", {})
+    parallel = changes.get("parallel", {})
+    settings = Settings(
+        model=ModelSettings(hf=str(hf)),
+        data=DataSettings(
+            train=str(rows / "training.jsonl"), validation=str(rows / "validation.jsonl"), num_workers=0
+        ),
+        loss=LossSettings(**changes.get("loss", {})),
+        parallel=ParallelSettings(**parallel),
+        trainer=TrainerSettings(**trainer),
+        run=RunSettings(dir=str(run_dir), backend="cpu"),
+    )
+    return settings
+
+
+def with_dir(settings: Settings, run_dir: Path) -> Settings:
+    """The same run in another folder."""
+    return dataclasses.replace(settings, run=dataclasses.replace(settings.run, dir=str(run_dir)))

@@ -1,0 +1,210 @@
+"""Ranks: how they know that they are ranks, and how the launcher learns what went wrong in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_eaft.compose import from_mapping
+from nemo_eaft.launch import ERROR, check_world, is_users, launched, run_local, write_error
+from nemo_eaft.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def settings(folder: Path, ranks: int = 2, nodes: int = 1) -> Settings:
+    trainer = {"gpus_per_node": ranks, "num_nodes": nodes, "global_batch_size": 4 * ranks * nodes}
+    return from_mapping(
+        {
+            "model": {"hf": "m"},
+            "data": {"train": "t"},
+            "run": {"dir": str(folder / "run")},
+            "trainer": trainer,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "environment, place",
+    [
+        ({}, None),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8)),
+        ({"RANK": "3"}, None),
+        # A batch script, or a shell on an allocation: not a task of a step.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"}, (5, 8)),
+        # torchrun inside one srun task per node: torchrun decides.
+        (
+            {
+                "SLURM_PROCID": "1",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "RANK": "9",
+                "WORLD_SIZE": "16",
+                "LOCAL_RANK": "1",
+            },
+            (9, 16),
+        ),
+    ],
+)
+def test_where_a_process_stands(environment: dict[str, str], place: tuple[int, int] | None) -> None:
+    assert launched(environment) == place
+
+
+def test_a_job_of_another_size_is_refused(tmp_path: Path) -> None:
+    check_world(settings(tmp_path, 2, nodes=2), 4)
+    with pytest.raises(
+        ValueError, match=r"trainer.num_nodes=2 x trainer.gpus_per_node=2 = 4 ranks, but .* with 3"
+    ):
+        check_world(settings(tmp_path, 2, nodes=2), 3)
+
+
+def test_several_machines_are_not_started_from_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.num_nodes=2: several machines need one torchrun"):
+        run_local(settings(tmp_path, nodes=2), [])
+
+
+def caught(call: Any) -> BaseException:
+    try:
+        call()
+    except BaseException as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def test_only_what_this_package_raised_is_the_users(tmp_path: Path) -> None:
+    assert is_users(caught(lambda: check_world(settings(tmp_path), 3)))
+    assert not is_users(caught(lambda: int("a library's ValueError")))
+    assert not is_users(caught(lambda: json.loads("{")))
+    assert not is_users(caught(lambda: [][1]))
+
+
+def test_the_first_error_is_kept_whole(tmp_path: Path) -> None:
+    write_error(tmp_path / "run", 2, caught(lambda: check_world(settings(tmp_path), 3)))
+    write_error(tmp_path / "run", 0, caught(lambda: 1 / 0))
+    [name] = os.listdir(tmp_path / "run")
+    error = json.loads((tmp_path / "run" / name).read_text())
+    assert (name, error["rank"], error["kind"]) == (ERROR, 2, "input")
+    assert error["message"].startswith("trainer.num_nodes=1")
+    assert "check_world" in error["traceback"]
+
+
+def test_an_error_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    write_error(tmp_path / "file", 0, caught(lambda: 1 / 0))
+
+
+# A rank that stands in for training: each word of its arguments is what the rank of that number does.
+RANK = """
+    import sys, time
+    from pathlib import Path
+    from nemo_eaft.launch import launched, check_world, write_error
+    from nemo_eaft.compose import from_mapping
+
+    rank, ranks = launched()
+    run_dir, *words = sys.argv[1:]
+    Path(run_dir).mkdir(exist_ok=True)
+    (Path(run_dir) / f"rank{rank}").write_text(str(ranks))
+    word = words[rank]
+    base = {"model": {"hf": "m"}, "data": {"train": "t"}, "run": {"dir": "r"}}
+    try:
+        if word == "input":
+            check_world(from_mapping(base), 7)
+        elif word == "break":
+            1 / 0
+        elif word == "later":
+            time.sleep(1.0)
+            raise RuntimeError("a peer is gone")
+        elif word == "sleep":
+            time.sleep(600)
+        elif word == "vanish":
+            import os
+            os._exit(7)
+    except Exception as error:
+        write_error(Path(run_dir), rank, error)
+        raise
+"""
+
+
+@pytest.fixture
+def fake_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "fake_rank.py").write_text(textwrap.dedent(RANK))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    return "fake_rank"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words, code, told",
+    [
+        ("ok ok", 0, ""),
+        ("later input", 2, "nemo-eaft: rank 1: trainer.num_nodes=1 x trainer.gpus_per_node=1 = 1 ranks"),
+        ("break later", 1, "nemo-eaft: rank 0 failed first: ZeroDivisionError: division by zero"),
+        ("vanish sleep", 1, "left no message"),
+    ],
+)
+def test_the_launcher_names_the_first_cause(
+    tmp_path: Path, fake_rank: str, capfd: pytest.CaptureFixture[str], words: str, code: int, told: str
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / ERROR).write_text('{"kind": "input", "rank": 9, "message": "of an older run"}')
+    assert run_local(settings(tmp_path), [str(run_dir), *words.split()], module=fake_rank) == code
+    assert (run_dir / "rank0").read_text() == (run_dir / "rank1").read_text() == "2"
+    out = capfd.readouterr()
+    assert told in out.err
+    assert "of an older run" not in out.err
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_ended_ends_its_ranks(tmp_path: Path, fake_rank: str) -> None:
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        from pathlib import Path
+        from tests.test_launch import settings
+        from nemo_eaft.launch import run_local
+        folder = Path({str(tmp_path)!r})
+        sys.exit(run_local(settings(folder), [str(folder / "run"), "sleep", "sleep"], module="fake_rank"))
+    """
+    launcher = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while not all((tmp_path / "run" / f"rank{n}").exists() for n in (0, 1)):
+            assert time.monotonic() < deadline, "the ranks did not start"
+            assert launcher.poll() is None
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(timeout=60) == 1
+    finally:
+        launcher.kill()
+        launcher.wait()
+    # Nothing of the run is left: no process has its folder among its arguments.
+    deadline = time.monotonic() + 20
+    while _processes_with(str(tmp_path / "run")):
+        assert time.monotonic() < deadline, "ranks outlived their launcher"
+        time.sleep(0.2)
+
+
+def _processes_with(text: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if (
+                entry.name.isdigit()
+                and int(entry.name) != os.getpid()
+                and text in (entry / "cmdline").read_text()
+            ):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
