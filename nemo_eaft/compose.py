@@ -2,7 +2,8 @@
 
 Hydra's compose API merges the files; nothing in them is ever run: ``_target_`` is refused and every value
 must be a plain one of the declared type. What a file leaves out keeps the default of
-:mod:`nemo_eaft.settings`."""
+:mod:`nemo_eaft.settings`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import functools
 import json
 import logging
 import os
+import re
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,13 +41,11 @@ def compose(conf: str, overrides: Iterable[str] = ()) -> Settings:
 
     Args:
         conf: a name of ``conf/`` (``demo``) or the path of a ``.yaml`` file. Such a file may use the shipped
-        groups in
-            its defaults list and groups of its own beside it.
+            groups in its defaults list, and groups of its own beside it.
         overrides: ``group.key=value`` (``trainer.max_steps=5``), or ``group=file`` (``loss=sft``).
 
     Raises:
-        ValueError: anything wrong in the file or the overrides, naming the key, the value and what is
-        allowed.
+        ValueError: anything wrong in the file or the overrides, naming key, value and what is allowed.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -62,7 +62,16 @@ def compose(conf: str, overrides: Iterable[str] = ()) -> Settings:
     GlobalHydra.instance().clear()
     try:
         with _quiet_plugins(), initialize_config_dir(str(path.parent), version_base="1.3"):
-            merged = hydra_compose(path.name, [*prepared, search])
+            while True:
+                try:
+                    merged = hydra_compose(path.name, [*prepared, search])
+                    break
+                except HydraException as error:
+                    # A file that does not name the group in its defaults list may still be given one.
+                    group = re.match(r"Could not override '(\w+)'\.", str(error))
+                    if group is None or f"+{group[1]}=" in "".join(prepared):
+                        raise
+                    prepared = [f"+{text}" if text.startswith(f"{group[1]}=") else text for text in prepared]
         with open_dict(merged):
             for key, text in texts.items():
                 OmegaConf.update(merged, key, text)

@@ -63,8 +63,7 @@ def check_model(settings: Settings, hf_config: Any, tokenizer: Any) -> None:
     if hf_config.model_type not in FAMILIES:
         raise ValueError(
             f"model.hf={settings.model.hf}: model type {hf_config.model_type} cannot be converted; allowed "
-            f"are "
-            f"{', '.join(sorted(FAMILIES))}"
+            f"are {', '.join(sorted(FAMILIES))}"
         )
     heads = hf_config.num_attention_heads
     kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
@@ -72,8 +71,7 @@ def check_model(settings: Settings, hf_config: Any, tokenizer: Any) -> None:
         allowed = [n for n in range(1, kv_heads + 1) if heads % n == 0 and kv_heads % n == 0]
         raise ValueError(
             f"parallel.tensor={parallel.tensor} must divide the {heads} attention heads and {kv_heads} "
-            f"key-value heads of "
-            f"{settings.model.hf}: allowed are {', '.join(map(str, allowed))}"
+            f"key-value heads of {settings.model.hf}: allowed are {', '.join(map(str, allowed))}"
         )
     layers = hf_config.num_hidden_layers
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
@@ -96,9 +94,8 @@ def check_model(settings: Settings, hf_config: Any, tokenizer: Any) -> None:
     if len(tokenizer) > hf_config.vocab_size:
         raise ValueError(
             f"model.tokenizer={settings.model.tokenizer or settings.model.hf} has {len(tokenizer)} tokens, "
-            f"the model "
-            f"{settings.model.hf} only {hf_config.vocab_size} rows (vocab_size): a label above them would "
-            f"have no logit"
+            f"the model {settings.model.hf} only {hf_config.vocab_size} rows (vocab_size): a label above "
+            f"them would have no logit"
         )
     positions = getattr(hf_config, "max_position_embeddings", None)
     if positions is not None and settings.trainer.seq_length > positions:

@@ -189,8 +189,7 @@ def check_run_dir(settings: Settings) -> None:
             listed = "\n  ".join(different)
             raise ValueError(
                 f"run.dir={folder} holds a run with another configuration; choose another run.dir, or go "
-                f"back to its "
-                f"settings:\n  {listed}"
+                f"back to its settings:\n  {listed}"
             )
     elif checkpoints:
         raise ValueError(

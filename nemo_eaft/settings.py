@@ -1,9 +1,8 @@
 """What a run is: every setting with its type, unit, default and allowed range, and the checks between them.
 
 ``conf/`` holds values, :mod:`nemo_eaft.compose` turns files and command-line overrides into one
-:class:`Settings`, and this
-file alone decides what is allowed. It imports nothing heavy, so a wrong setting is found in a fraction of a
-second.
+:class:`Settings`, and this file alone decides what is allowed. It imports nothing heavy, so a wrong setting
+is found in a fraction of a second.
 
 Every error is a ``ValueError`` that names the full key (``parallel.tensor``), the value and what is allowed.
 """
@@ -26,8 +25,7 @@ class ModelSettings:
     """Hugging Face name (``Qwen/Qwen2.5-0.5B-Instruct``) or a folder in its format."""
     imported: str | None = None
     """Folder of the converted NeMo checkpoint. null: ``imported/<name>-<digest of the files>`` below
-    ``$NEMO_EAFT_HOME``,
-    or below ``~/.cache/nemo_eaft`` where that is not set."""
+    ``$NEMO_EAFT_HOME``, or below ``~/.cache/nemo_eaft`` where that is not set."""
     tokenizer: str | None = None
     """Hugging Face name or folder of the tokenizer. null: the one of ``model.hf``."""
     trust_remote_code: bool = False
@@ -56,8 +54,7 @@ class DataSettings:
     """Validate on the first so many rows only; null: all of them."""
     prompt_template: str = "{input} {output}"
     """How an ``input``/``output`` row becomes text. Must hold both names and end with ``{output}``. Chat rows
-    use the chat
-    template of the tokenizer instead."""
+    use the chat template of the tokenizer instead."""
     packed: bool = False
     """Pack several rows into one sequence (NeMo's packing); needs ``trainer.micro_batch_size=1``."""
     packed_size: int | None = None
@@ -96,8 +93,7 @@ class LossSettings:
 
     gate: Gate = "eaft"
     """``eaft``: weight by entropy. ``dft``, ``mask``, ``sigmoid``: other weights. ``none``: weight 1 on our
-    own path, with all
-    its metrics. ``stock``: nothing is attached, the loss is Megatron's own."""
+    own path. ``stock``: the loss is Megatron's own, and is only measured."""
     alpha: float = 1.0
     """Exponent of the weight, ``(H / normalizer) ** alpha``; 0 or more. 0 gives plain fine-tuning."""
     top_k: int | None = 20
@@ -330,10 +326,8 @@ def validate(settings: Settings) -> None:
     if parallel.virtual_pipeline is not None and settings.num_micro_batches % parallel.pipeline:
         raise ValueError(
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs a number of micro-batches per step "
-            f"that is a multiple "
-            f"of parallel.pipeline={parallel.pipeline}, but "
-            f"trainer.global_batch_size={trainer.global_batch_size} gives "
-            f"{settings.num_micro_batches}"
+            f"that is a multiple of parallel.pipeline={parallel.pipeline}, but "
+            f"trainer.global_batch_size={trainer.global_batch_size} gives {settings.num_micro_batches}"
         )
     if (world // (parallel.tensor * parallel.pipeline)) % parallel.expert:
         raise ValueError(
@@ -382,9 +376,8 @@ def _validate_packed(settings: Settings) -> None:
     if settings.parallel.context > 1:
         raise ValueError(
             f"data.packed=true with parallel.context={settings.parallel.context} is refused: NeMo 2.7.3 "
-            f"would slice the row "
-            f"boundaries (cu_seqlens) like tokens and let rows attend to each other. Use parallel.context=1 "
-            f"or data.packed=false"
+            f"would slice the row boundaries (cu_seqlens) like tokens and let rows attend to each other. Use "
+            f"parallel.context=1 or data.packed=false"
         )
     if data.packed_size is not None and data.packed_size < trainer.seq_length:
         raise ValueError(

@@ -199,7 +199,12 @@ def test_a_file_elsewhere_brings_groups_of_its_own(tmp_path: Path) -> None:
 def test_a_file_without_groups_gets_the_defaults(tmp_path: Path) -> None:
     settings = compose(own(tmp_path, REST))
     assert settings == from_mapping({"model": {"hf": "m"}, "data": {"train": "t.jsonl"}, "run": {"dir": "r"}})
-    assert compose(own(tmp_path, REST), ["trainer.max_steps=3"]).trainer.max_steps == 3
+    settings = compose(own(tmp_path, REST), ["loss=sft", "trainer.max_steps=60", "trainer=sft"])
+    assert (settings.trainer.max_steps, settings.trainer.warmup_steps, settings.loss.gate) == (
+        60,
+        50,
+        "stock",
+    )
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_the_rows_of_the_wheel(tmp_path: Path) -> None:
 @needs_wheels
 @pytest.mark.slow
 @pytest.mark.unpoisoned
-def test_the_folder_is_whole_and_is_written_once(tmp_path: Path) -> None:
+def test_the_folder_is_whole_and_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -213,8 +213,15 @@ def test_the_folder_is_whole_and_is_written_once(tmp_path: Path) -> None:
         said = tokenizer.decode(model.generate(text, max_new_tokens=12, do_sample=False)[0, text.shape[1] :])
     assert "Paris" in said
 
-    # A folder that was begun and never finished is written anew.
+    # A folder without the mark that is set last is begun anew.
     (tmp_path / "model" / "from_gguf.json").unlink()
-    (tmp_path / "model" / "config.json").write_text("{")
-    demo_data.build(tmp_path)
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "llama"
+
+    class Begun(Exception):
+        pass
+
+    def begin(gguf: Path) -> Any:
+        raise Begun
+
+    monkeypatch.setattr(demo_model, "load_tokenizer", begin)
+    with pytest.raises(Begun):
+        demo_data.build(tmp_path)

@@ -114,6 +114,8 @@ RANK = """
     run_dir, *words = sys.argv[1:]
     Path(run_dir).mkdir(exist_ok=True)
     (Path(run_dir) / f"rank{rank}").write_text(str(ranks))
+    while not all((Path(run_dir) / f"rank{n}").exists() for n in range(ranks)):
+        time.sleep(0.05)
     word = words[rank]
     base = {"model": {"hf": "m"}, "data": {"train": "t"}, "run": {"dir": "r"}}
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import megatron.core
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -16,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_eaft.cpu import MEGATRON_VERSION
 from nemo_eaft.cpu.attention import with_packed_sequences
 from nemo_eaft.cpu.norm import build_norm
+from nemo_eaft.cpu.optimizer import keeping_step, with_own_steps, without_step
 from nemo_eaft.cpu.patch import Patch
 
 # Fields of TransformerConfig that select a CUDA, Apex or torch.compile kernel.
@@ -32,8 +34,18 @@ _FUSIONS = (
 _ASYNCHRONOUS = ("deallocate_pipeline_outputs",)
 
 
+# Layers whose local form writes other checkpoint names than Transformer Engine's, so that neither could read the other's.
+_DENSE_ONLY = ("num_moe_experts", "multi_latent_attention")
+
+
 def _without_fusions(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
     def wrapped(self: TransformerConfig) -> None:
+        for field in _DENSE_ONLY:
+            if getattr(self, field, None):
+                raise ValueError(
+                    f"{field}: {getattr(self, field)}; the CPU backend has dense layers only, because Megatron's local "
+                    "layers of this kind write other checkpoint names than Transformer Engine's (gpt_layer_specs.py)"
+                )
         for field in _FUSIONS + _ASYNCHRONOUS:
             if hasattr(self, field):
                 setattr(self, field, False)
@@ -60,7 +72,7 @@ def _fork(
 
 def patches() -> list[Patch]:
     """The patches of Megatron-Core. RuntimeError where its version is not the one that was read."""
-    if not megatron.core.__version__.startswith(MEGATRON_VERSION):
+    if not megatron.core.__version__.startswith(f"{MEGATRON_VERSION}."):
         raise RuntimeError(
             f"the CPU backend was written for megatron-core {MEGATRON_VERSION}.x, found {megatron.core.__version__}"
         )
@@ -100,5 +112,23 @@ def patches() -> list[Patch]:
             name="fork",
             value=_fork,
             reason="fork() warns when the host generator moves, which here it always does (tensor_parallel/random.py:204)",
+        ),
+        Patch(
+            owner=DistributedOptimizer,
+            name="_get_main_param_and_optimizer_states",
+            value=without_step(DistributedOptimizer._get_main_param_and_optimizer_states),
+            reason="FusedAdam has no per-parameter step; torch's is taken for a shard (optimizer/distrib_optimizer.py:952)",
+        ),
+        Patch(
+            owner=DistributedOptimizer,
+            name="_set_main_param_and_optimizer_states",
+            value=keeping_step(DistributedOptimizer._set_main_param_and_optimizer_states),
+            reason="copies every state of the optimizer, torch's step too (optimizer/distrib_optimizer.py:927)",
+        ),
+        Patch(
+            owner=DistributedOptimizer,
+            name="load_state_dict",
+            value=with_own_steps(DistributedOptimizer.load_state_dict),
+            reason="gives all parameters one step tensor (optimizer/distrib_optimizer.py:821)",
         ),
     ]

@@ -10,6 +10,7 @@ from megatron.core import tensor_parallel
 from megatron.core.parallel_state import get_pipeline_model_parallel_rank
 from nemo.lightning import io, megatron_init
 from nemo.lightning.io import pl as io_pl
+from nemo.lightning.io import state as io_state
 from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
 from nemo_eaft.cpu import NEMO_VERSION
@@ -47,15 +48,14 @@ def _with_model_parallel_seed(set_random_seed: Callable[[int], None]) -> Callabl
 
 def patches() -> list[Patch]:
     """The patches of NeMo. RuntimeError where its version is not the one that was read."""
-    if not nemo.__version__.startswith(NEMO_VERSION):
+    if not nemo.__version__.startswith(f"{NEMO_VERSION}."):
         raise RuntimeError(f"the CPU backend was written for nemo_toolkit {NEMO_VERSION}.x, found {nemo.__version__}")
+    transforms = _with_local_names(io.apply_transforms)
+    names = "Hugging Face import and export use Transformer Engine's names (collections/llm/gpt/model/*.py)"
     return [
-        Patch(
-            owner=io,
-            name="apply_transforms",
-            value=_with_local_names(io.apply_transforms),
-            reason="Hugging Face import and export use Transformer Engine's names (collections/llm/gpt/model/*.py)",
-        ),
+        # Where it is defined, and where the models call it.
+        Patch(owner=io_state, name="apply_transforms", value=transforms, reason=names),
+        Patch(owner=io, name="apply_transforms", value=transforms, reason=names),
         Patch(
             owner=io_pl,
             name="_fix_tensors_device",

@@ -62,13 +62,15 @@ def build_norm(
     """What `WrappedTorchNorm(config, hidden_size, eps)` builds; same signature, sequence parallelism allowed.
 
     Raises:
-        ValueError: `config.normalization` or `config.layernorm_zero_centered_gamma` has no torch norm.
+        ValueError: `config` asks for a norm that torch does not have.
     """
     kinds = {"LayerNorm": LocalLayerNorm, "RMSNorm": LocalRMSNorm}
     if config.normalization not in kinds:
         raise ValueError(f"normalization: {config.normalization!r}; the CPU backend has {sorted(kinds)}")
     if config.layernorm_zero_centered_gamma:
         raise ValueError("layernorm_zero_centered_gamma: True; the CPU backend has no zero-centred norm (Gemma)")
+    if config.memory_efficient_layer_norm:
+        raise ValueError("memory_efficient_layer_norm: True; the CPU backend has none (it is Apex's)")
     norm = kinds[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

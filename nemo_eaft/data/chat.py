@@ -152,8 +152,7 @@ class _Conversation:
         if not fitting:
             raise RowError(
                 f"message {turn + 1}: cannot tell prompt from answer, the chat template writes the prompt "
-                f"differently "
-                f"once the answer is there"
+                f"differently once the answer is there"
             )
         return max(fitting)
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,9 +63,8 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
         tokenizer: the Hugging Face tokenizer of the model.
 
     Raises:
-        ValueError: no rows, rows that cannot be used (the first ten by file and line, and how many there
-        are), a
-            tokenizer that cannot be used, or fewer validation rows than one global batch.
+        ValueError: no rows, rows that cannot be used (the first ten by file and line, and how many there are),
+            a tokenizer that cannot be used, or fewer validation rows than one global batch.
     """
     sources = _sources(settings)
     for source in sources.values():
@@ -89,8 +88,8 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
     if kind == "chat":
         check_template(tokenizer)
     counts: dict[str, Any] = {"longest": 0}
-    # All files take their names together, at the end of the block, and only if no row stopped it.
-    with ExitStack() as files:
+    with _removed_if_empty(root.parent), _removed_if_empty(root), ExitStack() as files:
+        # All files take their names together, at the end of the block, and only if no row stopped it.
         for part, source in sources.items():
             part_counts = _write(settings, tokenizer, source, part, kind, root, files)
             counts["longest"] = max(counts["longest"], part_counts.pop("longest"))
@@ -101,6 +100,16 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
     with replacing(root / "prepared.json") as temporary:
         temporary.write_text(json.dumps({"identity": identity, "prepared": asdict(prepared)}, indent=1))
     return prepared
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def find_prepared(settings: Settings, tokenizer: Any) -> PreparedData | None:
@@ -220,8 +229,7 @@ def _kind(source: Source) -> Kind:
                 return "pair"
             raise ValueError(
                 f"{source.key}={source.name}: {row.where} has the keys {', '.join(row.values) or 'none'}; a "
-                f"row needs "
-                f"'messages', or 'input' and 'output'"
+                f"row needs 'messages', or 'input' and 'output'"
             )
         first_error = first_error or f"{row.where}: {row.error}"
     why = f"no row can be read, the first is {first_error}" if first_error else "there are no rows"
@@ -237,8 +245,7 @@ def _check_validation(settings: Settings, prepared: PreparedData) -> None:
         raise ValueError(
             f"data.validation={settings.data.validation} gives {samples} {what}, fewer than one batch of "
             f"trainer.global_batch_size={batch}: NeMo leaves incomplete batches out, so nothing would be "
-            f"validated. "
-            f"Give more rows, or set trainer.val_every=0"
+            f"validated. Give more rows, or set trainer.val_every=0"
         )
     used = min(settings.trainer.val_batches, samples // batch) * batch
     if used < samples:

@@ -54,7 +54,7 @@ def eaft_linear_loss(
         hidden: [..., D] float, the same on every rank. Under ``sequence_parallel`` the equal part of
             dimension 0 that this rank holds, in rank order: [S / ranks, ..., D].
         weight: [V_local, D] of the same dtype, this rank's rows of the padded output layer.
-        labels: [...] int64, the same on every rank; with ``sequence_parallel`` the whole sequence's, [S, ...].
+        labels: [...] int64, the same on every rank; of the whole sequence even where ``hidden`` is a part.
         sequence_parallel: ``hidden`` is split over the group along dimension 0.
 
     Returns:

@@ -8,7 +8,12 @@ from torch import Tensor
 
 from nemo_eaft import EAFTConfig, TokenLoss, eaft_loss
 from tests.harness import run_threads
-from tests.loss.formulas import shard
+from tests.loss.formulas import expected, shard
+
+# Absolute and relative, by quantity, for float32 statistics against float64.
+LOSS: dict[str, Any] = {"rtol": 1.3e-6, "atol": 1e-5}
+STATISTIC: dict[str, Any] = {"rtol": 0.0, "atol": 5e-6}
+GRADIENT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-6}
 
 
 class Ranked(NamedTuple):
@@ -57,3 +62,14 @@ def run_sharded(
 
     results = [rank_loss(0)] if world_size == 1 else run_threads(rank_loss, world_size)
     return Ranked([out for out, _ in results], torch.cat([grad for _, grad in results], dim=-1))
+
+
+def assert_matches(
+    got: Ranked, logits: Tensor, labels: Tensor, config: EAFTConfig, vocab: int, mask: Tensor | None = None
+) -> None:
+    want = expected(logits, labels, config, vocab, mask)
+    got.assert_ranks_identical()
+    torch.testing.assert_close(got.out.loss.double(), want.loss, **LOSS)
+    torch.testing.assert_close(got.out.cross_entropy.double(), want.cross_entropy, **LOSS)
+    torch.testing.assert_close(got.out.entropy.double(), want.entropy, **STATISTIC)
+    torch.testing.assert_close(got.gradient.double(), want.gradient, **GRADIENT)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import nemo_eaft.train
 from nemo_eaft.convert import convert_to_hf, convert_to_nemo
@@ -149,12 +150,12 @@ def _with_callback(recorder: Recorder, plan: Plan) -> None:
     finetune = llm.finetune
 
     def watched(*args: Any, trainer: Any, **kwargs: Any) -> Any:
-        if not plan.callback:
-            trainer.callbacks = [
-                callback
-                for callback in trainer.callbacks
-                if not isinstance(callback, nemo_eaft.nemo.EAFTCallback)
-            ]
+        unwanted = [] if plan.callback else [nemo_eaft.nemo.EAFTCallback]
+        # Lightning adds a checkpoint callback of its own where none is given.
+        unwanted += [] if plan.save else [ModelCheckpoint]
+        trainer.callbacks = [
+            callback for callback in trainer.callbacks if not isinstance(callback, tuple(unwanted))
+        ]
         trainer.callbacks.append(recorder)
         return finetune(*args, trainer=trainer, **kwargs)
 

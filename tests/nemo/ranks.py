@@ -78,7 +78,7 @@ def run_ranks(
         ]
         try:
             for process in processes:
-                process.start()
+                _start(process)
             died = _wait(processes, folder, timeout, dies)
         finally:
             for process in processes:
@@ -87,6 +87,15 @@ def run_ranks(
             assert died, "the job was to die, but every rank finished"
             return []
         return [pickle.loads((folder / f"result_{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _start(process: BaseProcess) -> None:
+    try:
+        process.start()
+    except EOFError as error:
+        raise RuntimeError(
+            f"the fork server ended while it imported {_PRELOAD}; its traceback stands in this process's stderr"
+        ) from error
 
 
 def _wait(processes: list[BaseProcess], folder: Path, timeout: float, dies: bool) -> bool:
@@ -150,6 +159,8 @@ def _rank(
         )
         _limit_group_timeouts()
         torch.set_num_threads(1)
+        # The run would ask for all cores; threads that spin while they wait for each other cost more than they bring.
+        torch.set_num_threads = lambda number: None
         with poisoned_empty():
             result = job(*args)
         temporary = folder / f"writing_{rank}"

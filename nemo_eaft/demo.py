@@ -1,0 +1,132 @@
+"""The whole way on a laptop: `python -m nemo_eaft.demo [key=value ...]`, which `make demo` runs.
+
+SmolLM2-135M-Instruct learns function calling with EAFT, by real NeMo and Megatron-Core, tensor-parallel over three CPU
+processes: Hugging Face weights -> NeMo checkpoint -> training -> Hugging Face weights. Held-out cross-entropy is
+measured by `transformers` before and after, so the last number comes from the exported files and not from NeMo.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nemo_eaft import cli, recorder
+from nemo_eaft.atomic import replacing
+from nemo_eaft.compose import compose
+from nemo_eaft.demo_data import build
+from nemo_eaft.hf_model import home
+from nemo_eaft.ready import CONFIG
+
+CONF = "demo"
+
+
+def main(overrides: list[str]) -> int:
+    """Run the demo with overrides of `conf/demo.yaml` and write `summary.json`; returns the exit code."""
+    started = time.perf_counter()
+    settings = compose(CONF, overrides)
+    run_dir = Path(settings.run.dir)
+    rows = build(home() / "demo")
+    print(f"demo: {rows[0]} training rows and {rows[1]} held-out rows of BFCL function calling", flush=True)
+    _start_afresh(run_dir)
+    code = cli.main(["train", CONF, *overrides])
+    if code:
+        return code
+    code = cli.main(["export", str(run_dir), str(run_dir / "hf")])
+    if code:
+        return code
+    held_out = run_dir / "data" / "validation.jsonl"
+    limit = settings.trainer.val_batches * settings.trainer.global_batch_size
+    before, tokens = held_out_cross_entropy(Path(settings.model.hf).expanduser(), held_out, limit)
+    after, _ = held_out_cross_entropy(run_dir / "hf", held_out, limit)
+    history = recorder.read(run_dir / "metrics.jsonl")
+    steps = [row for row in history if "loss" in row]
+    validations = [row["val_loss"] for row in history if "val_loss" in row]
+    summary = {
+        "model": "SmolLM2-135M-Instruct",
+        "gate": settings.loss.gate,
+        "alpha": settings.loss.alpha,
+        "tensor_parallel": settings.parallel.tensor,
+        "steps": len(steps),
+        "heldout_ce_before": before,
+        "heldout_ce_after": after,
+        "heldout_ce_after_nemo": validations[-1] if validations else None,
+        "heldout_tokens": tokens,
+        "tokens": sum(row["tokens"] for row in steps),
+        "seconds": time.perf_counter() - started,
+        "training_seconds": sum(row["seconds"] for row in steps),
+    }
+    with replacing(run_dir / "summary.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    _print_table(summary, steps, run_dir)
+    return 0
+
+
+def held_out_cross_entropy(model_folder: Path, rows: Path, limit: int) -> tuple[float, int]:
+    """Mean cross-entropy per answer token, nats, of a Hugging Face model on prepared rows, and the token count.
+
+    rows: a `validation.jsonl` that `nemo_eaft.data.prepare` wrote: token ids and the ranges of the answers.
+    limit: rows that count, from the first.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for line in rows.read_text().splitlines()[:limit]:
+            row: dict[str, Any] = json.loads(line)
+            ids = torch.tensor([row["input_ids"]])
+            losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            for start, stop in row["answers"]:
+                # The logits at position i predict token i + 1.
+                total += losses[start - 1 : stop - 1].double().sum().item()
+                count += stop - start
+    return total / count, count
+
+
+def _start_afresh(run_dir: Path) -> None:
+    """The demo shows a whole run each time; only the converted model and the rows are kept."""
+    if not run_dir.exists():
+        return
+    if not (run_dir / CONFIG).is_file() and any(run_dir.iterdir()):
+        raise ValueError(f"run.dir={run_dir} holds something that is no run; choose another")
+    print(f"demo: replacing the earlier run in {run_dir}", flush=True)
+    shutil.rmtree(run_dir)
+
+
+def _print_table(summary: dict[str, Any], steps: list[dict[str, Any]], run_dir: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{summary['model']}, EAFT, TP={summary['tensor_parallel']}, {summary['steps']} steps on the CPU")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row(
+        "held-out cross-entropy, transformers (nats/token)",
+        f"{summary['heldout_ce_before']:.4f}",
+        f"{summary['heldout_ce_after']:.4f}",
+    )
+    nemo = summary["heldout_ce_after_nemo"]
+    table.add_row("held-out cross-entropy, NeMo", "", "" if nemo is None else f"{nemo:.4f}")
+    for name, label in (("cross_entropy", "training cross-entropy"), ("entropy", "entropy"), ("weight", "mean weight")):
+        table.add_row(label, f"{steps[0][name]:.3f}", f"{steps[-1][name]:.3f}")
+    table.add_row(
+        "confident conflicts",
+        f"{100 * steps[0]['conflict_fraction']:.1f} %",
+        f"{100 * steps[-1]['conflict_fraction']:.1f} %",
+    )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{summary['tokens']} answer tokens, {summary['training_seconds']:.0f} s of training, "
+        f"{summary['seconds']:.0f} s in all; results in {run_dir}/ (hf/, metrics.jsonl, report.png, summary.json)",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

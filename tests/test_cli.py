@@ -1,0 +1,338 @@
+"""The command line: exit codes, messages, and that nothing is written or started when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_eaft import cli, launch, ready
+from nemo_eaft.compose import compose, save
+from nemo_eaft.convert import MANIFEST
+from tests.data.support import chat, make_tokenizer, write_jsonl
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny Llama's configuration and tokenizer, rows, and an import that lies ready."""
+    from transformers import LlamaConfig
+
+    model = tmp_path / "model"
+    config = LlamaConfig(
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, vocab_size=512
+    )
+    config.save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    rows = [{"messages": chat(f"Question {n}?", f"Answer {n}.")} for n in range(4)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "validation.jsonl", rows)
+    (tmp_path / "imported").mkdir()
+    (tmp_path / "imported" / MANIFEST).write_text("{}")
+    (tmp_path / "own.yaml").write_text(
+        f"model: {{hf: '{model}', imported: '{tmp_path}/imported'}}\n"
+        f"data: {{train: '{tmp_path}/train.jsonl', validation: '{tmp_path}/validation.jsonl'}}\n"
+        "trainer: {max_steps: 2, gpus_per_node: 2, global_batch_size: 4, seq_length: 64}\n"
+        f"run: {{dir: '{tmp_path}/run', backend: cpu}}\n"
+    )
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The arguments of every launch, instead of one."""
+    calls: list[list[str]] = []
+
+    def record(settings: Any, arguments: list[str]) -> int:
+        calls.append(arguments)
+        return 0
+
+    monkeypatch.setattr(launch, "run_local", record)
+    return calls
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main([*arguments])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_train_checks_prepares_and_launches(
+    home: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = str(home / "own.yaml")
+    code, out, _ = run(capsys, "train", conf, "loss=sft", "trainer.max_steps=1")
+    assert code == 0
+    assert started == [[conf, "loss=sft", "trainer.max_steps=1"]]
+    assert "4 training rows" in out
+    assert (home / "run" / "data" / "training.jsonl").is_file()
+    assert compose(str(home / "run" / "config.yaml")) == compose(conf, ["loss=sft", "trainer.max_steps=1"])
+    # and again, which is how a run is resumed
+    assert run(capsys, "train", conf, "loss=sft", "trainer.max_steps=1")[0] == 0
+    assert len(started) == 2
+
+
+@pytest.mark.parametrize(
+    "override, named",
+    [
+        ("trainer.max_stpes=5", "unknown key trainer.max_stpes, did you mean trainer.max_steps?"),
+        ("trainer.max_steps=many", 'trainer.max_steps="many" must be a whole number'),
+        ("trainer.global_batch_size=3", "trainer.global_batch_size=3 must be a multiple"),
+        ("parallel.tensor=3", "must be a multiple of parallel.tensor=3"),
+        (
+            "trainer.gpus_per_node=4 parallel.tensor=4",
+            "parallel.tensor=4 must divide the 4 attention heads and 2",
+        ),
+        ("trainer.seq_length=4", "4 of 4 rows cannot be used"),
+        ("data.train=nowhere.jsonl", "data.train=nowhere.jsonl: no such file"),
+        ("data.validation=nowhere.jsonl", "data.validation=nowhere.jsonl: no such file"),
+        ("model.hf=/nowhere/model", "model.hf=/nowhere/model: no such folder"),
+        ("model.tokenizer=/nowhere/model", "model.tokenizer=/nowhere/model: no tokenizer"),
+        ("run.backend=cuda", "run.backend"),
+        ("loss._target_=os.system", "unknown key loss._target_"),
+    ],
+)
+def test_wrong_input_is_code_2_one_message_and_nothing_done(
+    home: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str], override: str, named: str
+) -> None:
+    if override == "run.backend=cuda":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("a GPU is here")
+    code, _, err = run(capsys, "train", str(home / "own.yaml"), *override.split())
+    assert code == 2
+    assert err.startswith("nemo-eaft: ")
+    assert named in err
+    assert "Traceback" not in err
+    assert started == []
+    assert not (home / "run").exists()
+
+
+def test_demo_without_its_files_says_what_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NEMO_EAFT_HOME", str(tmp_path))
+    code, _, err = run(capsys, "train", "demo")
+    assert code == 2
+    assert "python -m nemo_eaft.demo_data" in err or "run.backend=cpu is for machines without a GPU" in err
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(
+    home: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((home / "model" / "config.json").read_text())
+    (home / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    code, _, err = run(capsys, "train", str(home / "own.yaml"))
+    assert code == 2
+    assert "only 100 rows (vocab_size)" in err
+
+
+def test_a_run_dir_with_another_configuration(
+    home: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = str(home / "own.yaml")
+    assert run(capsys, "train", conf)[0] == 0
+    before = (home / "run" / "config.yaml").read_text()
+    code, _, err = run(capsys, "train", conf, "trainer.learning_rate=1e-3", "loss.alpha=0.5")
+    assert code == 2
+    assert "loss.alpha: 1.0 -> 0.5\n  trainer.learning_rate: 5e-06 -> 0.001" in err
+    assert (home / "run" / "config.yaml").read_text() == before
+    assert len(started) == 1
+    # What touches no number may change.
+    assert run(capsys, "train", conf, "trainer.log_every=5", "data.num_workers=0")[0] == 0
+    for name in ready.MAY_DIFFER:
+        assert name in ("run.resume", "run.name", "run.wandb_project") or name.split(".")[0] in (
+            "trainer",
+            "data",
+        )
+
+
+def make_checkpoint(path: Path, unfinished: bool = False) -> Path:
+    for part in ("weights", "context"):
+        (path / part).mkdir(parents=True)
+    if unfinished:
+        path.with_name(path.name + "-unfinished").touch()
+    return path
+
+
+def test_checkpoints_of_a_run_are_found_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("step=9", "step=10", "step=100-last"):
+        make_checkpoint(folder / name)
+    make_checkpoint(folder / "step=200", unfinished=True)
+    (folder / "step=300").mkdir()
+    assert [path.name for path in ready.checkpoints_in(tmp_path)] == ["step=9", "step=10", "step=100-last"]
+    assert ready.checkpoints_in(tmp_path / "nowhere") == []
+
+
+def test_checkpoints_are_neither_ignored_nor_taken_for_ones_own(
+    home: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = str(home / "own.yaml")
+    make_checkpoint(home / "run" / "checkpoints" / "step=1")
+    code, _, err = run(capsys, "train", conf)
+    assert code == 2
+    assert "holds checkpoints but no config.yaml" in err
+    save(compose(conf), home / "run" / "config.yaml")
+    code, _, err = run(capsys, "train", conf, "run.resume=false")
+    assert code == 2
+    assert "run.resume=false" in err
+    assert run(capsys, "train", conf)[0] == 0
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_written_into(
+    home: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "other").mkdir()
+    (home / "other" / "thesis.txt").write_text("mine")
+    code, _, err = run(capsys, "train", str(home / "own.yaml"), f"model.imported={home}/other")
+    assert code == 2
+    assert "neither a NeMo checkpoint nor an empty or new folder" in err
+    assert os.listdir(home / "other") == ["thesis.txt"]
+
+
+def test_under_torchrun_it_joins(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nemo_eaft import train
+
+    trained: list[Path] = []
+    monkeypatch.setattr(train, "run_training", lambda settings, checkpoint: trained.append(checkpoint))
+    monkeypatch.setattr(launch, "run_local", lambda *_: pytest.fail("a rank must not launch"))
+    conf = str(home / "own.yaml")
+    for rank in "01":  # rank 1 finds what rank 0 made ready
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, value)
+        assert cli.run_rank([conf]) == 0
+    assert trained == [home / "imported"] * 2
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code, _, err = run(capsys, "train", conf)
+    assert code == 2
+    assert "2 ranks, but the job was started with 3" in err
+    assert json.loads((home / "run" / "error.json").read_text())["kind"] == "input"
+
+
+def test_a_rank_waits_until_the_rows_are_those_of_now(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an older job left behind in the folder is not taken for the work of this one's rank 0."""
+    settings = compose(str(home / "own.yaml"))
+    ready.make_ready(settings)
+    rows = [{"messages": chat("Question?", "Another answer.")}] * 4
+    write_jsonl(home / "train.jsonl", rows)
+    waits: list[float] = []
+
+    def rank_0_at_work(seconds: float) -> None:
+        waits.append(seconds)
+        ready.make_ready(settings)
+
+    monkeypatch.setattr(ready.time, "sleep", rank_0_at_work)
+    assert ready.wait_ready(settings) == home / "imported"
+    assert len(waits) == 1
+
+
+def test_a_failure_in_training_leaves_the_cause(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_eaft import train
+
+    def fail(settings: Any, checkpoint: Path) -> None:
+        int("a library's ValueError is not the user's fault")
+
+    monkeypatch.setattr(train, "run_training", fail)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.run_rank([str(home / "own.yaml")])
+    error = json.loads((home / "run" / "error.json").read_text())
+    assert (error["kind"], error["rank"]) == ("failure", 0)
+    assert "invalid literal" in error["message"]
+
+
+@pytest.fixture
+def converted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], str]]:
+    from nemo_eaft import convert
+
+    calls: list[tuple[list[str], str]] = []
+    monkeypatch.setattr(
+        convert, "run_in_own_process", lambda arguments, backend: calls.append((arguments, backend))
+    )
+    return calls
+
+
+def test_export_takes_the_newest_checkpoint_of_a_run(
+    home: Path, started: list[list[str]], converted: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "train", str(home / "own.yaml"))
+    for name in ("step=9", "step=10"):
+        make_checkpoint(home / "run" / "checkpoints" / name)
+    (home / "imported" / "hf").mkdir()
+    (home / "imported" / "hf" / "config.json").write_text("{}")
+    expected = [
+        "to-hf",
+        str(home / "run" / "checkpoints" / "step=10"),
+        str(home / "out"),
+        str(home / "imported" / "hf"),
+    ]
+    assert run(capsys, "export", str(home / "run"), str(home / "out"))[0] == 0
+    assert converted == [(expected, "cpu")]
+    assert run(capsys, "export", str(home / "run" / "checkpoints" / "step=9"), str(home / "out"))[0] == 0
+    assert converted[1][0][1].endswith("step=9")
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["{0}/nowhere", "{0}/out"], "nowhere: no such folder"),
+        (["{0}/model", "{0}/out"], "neither a complete NeMo checkpoint nor a run with one"),
+        (["{0}/imported", "{0}/model"], "exists and is not an empty folder"),
+        (["{0}/imported", "{0}/out"], "--hf: "),
+        (["{0}/imported", "{0}/out", "--hf", "{0}/nowhere"], "no config.json there"),
+    ],
+)
+def test_export_of_nothing(
+    home: Path, converted: list[Any], capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    code, _, err = run(capsys, "export", *[argument.format(home) for argument in arguments])
+    assert code == 2
+    assert named in err
+    assert converted == []
+    assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian"], ["train"], ["train", "demo", "--fast"], ["export", "x"]]
+)
+def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    assert "usage: nemo-eaft" in capsys.readouterr().err
+
+
+def test_as_a_program() -> None:
+    """One process of its own: the exit code reaches the shell, and help does not wait for NeMo."""
+    program = [sys.executable, "-m", "nemo_eaft.cli"]
+    wrong = subprocess.run(
+        [*program, "train", "demo", "trainer.max_stpes=5"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert wrong.returncode == 2
+    assert "did you mean trainer.max_steps?" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    code = "import sys; from nemo_eaft import cli\ntry: cli.main(['--help'])\nfinally:\n"
+    code += "    assert not {'nemo', 'megatron', 'transformers', 'hydra'} & set(sys.modules), 'help is slow'"
+    helped = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert helped.returncode == 0, helped.stderr
+    assert {"import", "train", "export"} <= set(helped.stdout.split())
