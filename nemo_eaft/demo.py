@@ -19,9 +19,13 @@ from nemo_eaft.atomic import replacing
 from nemo_eaft.compose import compose
 from nemo_eaft.demo_data import build
 from nemo_eaft.hf_model import home
+from nemo_eaft.launch import ERROR
 from nemo_eaft.ready import CONFIG
 
 CONF = "demo"
+
+_OURS = {CONFIG, ERROR, "checkpoints", "data", "eaft.json", "hf", "metrics.jsonl", "nemo", "report.png"}
+_OURS |= {"summary.json", "tensorboard"}
 
 
 def main(overrides: list[str]) -> int:
@@ -92,8 +96,9 @@ def _start_afresh(run_dir: Path) -> None:
     """The demo shows a whole run each time; only the converted model and the rows are kept."""
     if not run_dir.exists():
         return
-    if not (run_dir / CONFIG).is_file() and any(run_dir.iterdir()):
-        raise ValueError(f"run.dir={run_dir} holds something that is no run; choose another")
+    foreign = sorted({path.name for path in run_dir.iterdir()} - _OURS)
+    if foreign:
+        raise ValueError(f"run.dir={run_dir} holds {', '.join(foreign)}, which no run wrote; choose another folder")
     print(f"demo: replacing the earlier run in {run_dir}", flush=True)
     shutil.rmtree(run_dir)
 
@@ -129,4 +134,7 @@ def _print_table(summary: dict[str, Any], steps: list[dict[str, Any]], run_dir: 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"nemo-eaft demo: {error}")

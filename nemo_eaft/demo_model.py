@@ -47,7 +47,7 @@ def load_tokenizer(gguf: Path) -> Any:
     digits. Vocabulary, merges and chat template are right, so those are kept and the rest is set here.
     """
     from gguf import GGUFReader
-    from tokenizers import decoders, pre_tokenizers, processors
+    from tokenizers import decoders, pre_tokenizers, processors  # type: ignore[import-untyped]
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     loaded = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, legacy=False)

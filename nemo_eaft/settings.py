@@ -195,10 +195,6 @@ class TrainerSettings:
     """Largest norm of the whole gradient; 0: not clipped."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """``bf16``: mixed precision with float32 master weights. ``fp32``: float32 throughout."""
-    hidden_dropout: float = 0.0
-    """Dropout after attention and MLP, 0 to below 1."""
-    attention_dropout: float = 0.0
-    """Dropout on attention weights, 0 to below 1."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, attention only, or every layer."""
     distributed_optimizer: bool = True
@@ -214,7 +210,8 @@ class TrainerSettings:
     log_every: int = 1
     """Steps between lines of the log."""
     seed: int = 1234
-    """Seed of data order, initialisation and dropout."""
+    """Seed of data order. There is no dropout: NeMo's checkpoints hold no random state, so a resumed run would
+    differ from an undisturbed one."""
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "num_nodes", "gpus_per_node", "micro_batch_size", "global_batch_size"):
@@ -239,7 +236,7 @@ class TrainerSettings:
             )
         _finite("trainer.weight_decay", self.weight_decay, 0.0)
         _finite("trainer.clip_grad", self.clip_grad, 0.0)
-        for key in ("adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout"):
+        for key in ("adam_beta1", "adam_beta2"):
             value = getattr(self, key)
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"trainer.{key}={value} must be 0 or more and below 1")

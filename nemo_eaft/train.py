@@ -1,7 +1,7 @@
 """From settings to a NeMo run: `python -m nemo_eaft.train CONF [key=value ...]`, alone or under torchrun or SLURM.
 
-NeMo trains. This file only says what: the model configuration of the imported checkpoint with this run's precision and
-dropout, NeMo's data module, optimizer, strategy, logger, checkpoints and resume, and the EAFT callback.
+NeMo trains. This file only says what: the model configuration of the imported checkpoint with this run's precision,
+NeMo's data module, optimizer, strategy, logger, checkpoints and resume, and the EAFT callback.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_training(settings: Settings, checkpoint: Path) -> None:
 
 
 def build_model(settings: Settings, checkpoint: Path) -> Any:
-    """NeMo's model of the imported checkpoint, with this run's precision, dropout and recompute."""
+    """NeMo's model of the imported checkpoint, with this run's precision and recompute."""
     from nemo.lightning import io
 
     model = io.load_context(checkpoint, subpath="model")
@@ -91,8 +91,9 @@ def model_overrides(settings: Settings) -> dict[str, Any]:
         "fp16": False,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
-        "hidden_dropout": trainer.hidden_dropout,
-        "attention_dropout": trainer.attention_dropout,
+        # NeMo 2.7.3 saves no random state: with dropout a resumed run would not be the undisturbed one.
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
         # The gradient must not depend on how the batch is cut (EAFTCallback checks it).
         "calculate_per_token_loss": True,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -275,5 +275,5 @@ def test_no_value_gets_through_with_a_wrong_type(values: dict[str, Any]) -> None
         return
     for group, content in to_mapping(settings).items():
         for name, value in content.items():
-            hint = module.get_type_hints(type(getattr(settings, group)))[name]
+            hint = get_type_hints(type(getattr(settings, group)))[name]
             assert module._typed(f"{group}.{name}", value, hint) == value or value != value

@@ -154,10 +154,25 @@ def test_the_demo_uses_what_is_written(tmp_path: Path, monkeypatch: pytest.Monke
     assert settings.trainer.val_batches * settings.trainer.global_batch_size == demo_data.HELD_OUT
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model and rows, written once for the tests below: it takes half a minute."""
+    folder = tmp_path_factory.mktemp("demo")
+    demo_data.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(built: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(built / "model")
+
+
 @needs_wheels
-def test_the_tokenizer_of_the_wheel_is_that_of_the_model() -> None:
-    """Ids as published for SmolLM2-135M-Instruct; what transformers makes of the GGUF file alone differs."""
-    tokenizer = demo_model.load_tokenizer(demo_model.gguf_file())
+@pytest.mark.slow
+def test_the_tokenizer_of_the_wheel_is_that_of_the_model(tokenizer: Any) -> None:
+    """Special tokens and digits as the GGUF file says; what transformers makes of it alone differs."""
     assert len(tokenizer) == 49152
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert (tokenizer.bos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>")
@@ -169,10 +184,12 @@ def test_the_tokenizer_of_the_wheel_is_that_of_the_model() -> None:
 
 
 @needs_wheels
-def test_the_rows_of_the_wheel(tmp_path: Path) -> None:
-    tokenizer = demo_model.load_tokenizer(demo_model.gguf_file())
-    data = demo_model.installed_folder("bfcl_eval", "bfcl-eval") / "data"
-    train, held = demo_data.split(demo_data.questions(data), tokenizer)
+@pytest.mark.slow
+def test_the_rows_of_the_wheel(built: Path, tokenizer: Any) -> None:
+    train, held = (
+        [json.loads(line) for line in (built / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("train.jsonl", "validation.jsonl")
+    )
     assert len(train) > 1000
     assert len(held) == 32
     for row in [*train[:50], *held]:
@@ -189,21 +206,13 @@ def test_the_rows_of_the_wheel(tmp_path: Path) -> None:
 @needs_wheels
 @pytest.mark.slow
 @pytest.mark.unpoisoned
-def test_the_folder_is_whole_and_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_of_the_wheel_knows_what_everybody_knows(built: Path, tokenizer: Any) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    counts = demo_data.build(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert demo_data.build(tmp_path) == counts
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(built / "model")
     assert model.dtype == torch.float32
-    assert tokenizer.chat_template
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
-    # The weights are the model's: it knows what everybody knows.
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France? Answer in one word."}],
         add_generation_prompt=True,
@@ -213,8 +222,16 @@ def test_the_folder_is_whole_and_is_written_once(tmp_path: Path, monkeypatch: py
         said = tokenizer.decode(model.generate(text, max_new_tokens=12, do_sample=False)[0, text.shape[1] :])
     assert "Paris" in said
 
+
+@needs_wheels
+@pytest.mark.slow
+def test_the_folder_is_written_once(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
+    demo_data.build(built)
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
+
     # A folder without the mark that is set last is begun anew.
-    (tmp_path / "model" / "from_gguf.json").unlink()
+    (built / "model" / "from_gguf.json").unlink()
 
     class Begun(Exception):
         pass
@@ -224,4 +241,4 @@ def test_the_folder_is_whole_and_is_written_once(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(demo_model, "load_tokenizer", begin)
     with pytest.raises(Begun):
-        demo_data.build(tmp_path)
+        demo_data.build(built)

@@ -101,7 +101,6 @@ def test_loss_settings_and_config_agree() -> None:
             {"max_steps": 5, "warmup_steps": 5},
             "trainer.warmup_steps=5 must be below trainer.max_steps=5",
         ),
-        ("trainer", {"hidden_dropout": 1.0}, "trainer.hidden_dropout=1.0"),
         ("trainer", {"keep_checkpoints": 0}, "trainer.keep_checkpoints=0 must be 1 or more or -1"),
         ("run", {"dir": ""}, "run.dir is empty"),
     ],

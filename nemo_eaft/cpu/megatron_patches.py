@@ -105,7 +105,7 @@ def patches() -> list[Patch]:
             owner=megatron_random,
             name="_set_cuda_rng_state",
             value=lambda state, *_, **__: torch.set_rng_state(state),
-            reason="as _get_cuda_rng_state (tensor_parallel/random.py:74)",
+            reason="as _get_cuda_rng_state (tensor_parallel/random.py:75)",
         ),
         Patch(
             owner=megatron_random.CudaRNGStatesTracker,

@@ -63,7 +63,7 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
         tokenizer: the Hugging Face tokenizer of the model.
 
     Raises:
-        ValueError: no rows, rows that cannot be used (the first ten by file and line, and how many there are),
+        ValueError: no rows, rows that cannot be used (the first ten by file and line, and how many),
             a tokenizer that cannot be used, or fewer validation rows than one global batch.
     """
     sources = _sources(settings)

@@ -155,7 +155,7 @@ def test_packing_is_the_same_each_time_and_leaves_numpys_generator_alone(
 
     tokenizer = nemo_tokenizer()
     path = write_jsonl(tmp_path / "t.jsonl", [{"messages": messages} for messages in CHATS * 3])
-    made = []
+    made: list[torch.Tensor] = []
     for name in ("a", "b"):
         settings = make_settings(tmp_path / name, path, data={"packed": True, "packed_size": 160})
         np.random.seed(len(made))  # noqa: NPY002

@@ -27,24 +27,6 @@ def to_hf(checkpoint: Path, output: Path, hf_files: Path) -> None:
 
 
 @dataclasses.dataclass
-class Recorded:
-    """What one rank saw of a training."""
-
-    answers: list[list[tuple[int, ...]]] = dataclasses.field(default_factory=list)
-    """By step: the labels under the loss mask of each row this rank computed the loss of."""
-    losses: list[float] = dataclasses.field(default_factory=list)
-    """By step: `reduced_train_loss`, as NeMo logged it."""
-    val_losses: list[float] = dataclasses.field(default_factory=list)
-    """By validation: `val_loss`, as NeMo logged it."""
-    micro_batches: list[int] = dataclasses.field(default_factory=list)
-    """By step: micro-batches that entered the first stage or chunk of this rank."""
-    parameters: dict[str, list[Piece]] = dataclasses.field(default_factory=dict)
-    """Final parameters, and optimizer state where asked for: Megatron's name -> the pieces that this rank holds."""
-    error: str | None = None
-    """Type and message of the exception that ended the training."""
-
-
-@dataclasses.dataclass
 class Piece:
     """A part of a tensor: `whole[offset : offset + data.shape]`."""
 
@@ -53,47 +35,72 @@ class Piece:
     data: torch.Tensor
 
 
+@dataclasses.dataclass
+class Recorded:
+    """What one rank saw of a training."""
+
+    answers: list[list[list[tuple[int, ...]]]] = dataclasses.field(default_factory=list)
+    """By step, micro-batch and row, the labels under the loss mask; of the rows this rank computed the loss of."""
+    losses: list[float] = dataclasses.field(default_factory=list)
+    """By step: `reduced_train_loss`, as NeMo logged it."""
+    gradient_norms: list[float] = dataclasses.field(default_factory=list)
+    """By step: norm of the whole model's gradient before clipping, as NeMo logged it."""
+    val_losses: list[float] = dataclasses.field(default_factory=list)
+    """By validation: `val_loss`, as NeMo logged it."""
+    initial: dict[str, list[Piece]] = dataclasses.field(default_factory=dict)
+    """Parameters before the first step, by Megatron's names: the pieces that this rank holds."""
+    final: dict[str, list[Piece]] = dataclasses.field(default_factory=dict)
+    """The same after the last step."""
+    optimizer: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    """Every tensor of this rank's optimizer state after the last step."""
+    error: str | None = None
+    """Type and message of the exception that ended the training."""
+
+
 class Recorder(Callback):
-    def __init__(self, optimizer: bool, stop_at: int | None) -> None:
+    """Watches a training; may end its process in the middle of a step."""
+
+    def __init__(self, stop_at: int | None) -> None:
         self.seen = Recorded()
-        self._optimizer = optimizer
         self._stop_at = stop_at
-        self._answers: list[tuple[int, ...]] = []
+        self._answers: list[list[tuple[int, ...]]] = []
 
-    def on_megatron_microbatch_start(self, step: Any, batch: dict[str, Any], forward_callback: Any) -> None:
-        if batch.get("loss_mask") is None or step.forward_only:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.initial = pieces(trainer.strategy.megatron_parallel)
+
+    def on_megatron_microbatch_end(self, step: Any, batch: dict[str, Any], output: Any, **_: Any) -> None:
+        # [b, s] is a loss; the chunks before it give hidden states [s, b, h].
+        if step.forward_only or output.dim() != 2:
             return
-        for labels, mask in zip(batch["labels"], batch["loss_mask"], strict=True):
-            self._answers.append(tuple(labels[mask != 0].tolist()))
+        rows = zip(batch["labels"], batch["loss_mask"], strict=True)
+        self._answers.append([tuple(labels[mask != 0].tolist()) for labels, mask in rows])
 
-    def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any) -> None:
+    def on_megatron_step_end(self, step: Any, **_: Any) -> None:
         if not step.forward_only and step.trainer.global_step + 1 == self._stop_at:
             os._exit(DIES)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
         self.seen.answers.append(self._answers)
         self._answers = []
         self.seen.losses.append(float(trainer.callback_metrics["reduced_train_loss"]))
+        self.seen.gradient_norms.append(float(trainer.callback_metrics["grad_norm"]))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if "val_loss" in trainer.callback_metrics:
-            self.seen.val_losses.append(float(trainer.callback_metrics["val_loss"]))
+        self.seen.val_losses.append(float(trainer.callback_metrics["val_loss"]))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        strategy = trainer.strategy
-        model = strategy.megatron_parallel.sharded_state_dict()
-        self.seen.parameters = pieces(model)
-        if self._optimizer:
-            state = strategy.optimizer_sharded_state_dict()
-            self.seen.parameters |= {f"optimizer {name}": part for name, part in pieces(state).items()}
+        self.seen.final = pieces(trainer.strategy.megatron_parallel)
+        for optimizer in trainer.optimizers:
+            self.seen.optimizer += tensors(optimizer.state_dict())
 
 
-def pieces(sharded: dict[str, Any]) -> dict[str, list[Piece]]:
-    """Every tensor of a sharded state dict of Megatron, as this rank holds it."""
+def pieces(model: Any) -> dict[str, list[Piece]]:
+    """Every parameter of a Megatron model, as this rank holds it."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import apply_factories
 
+    sharded = model.sharded_state_dict()
     apply_factories(sharded)
     found: dict[str, list[Piece]] = {}
     for value in nested_values(sharded):
@@ -105,6 +112,15 @@ def pieces(sharded: dict[str, Any]) -> dict[str, list[Piece]]:
     return found
 
 
+def tensors(value: Any) -> list[torch.Tensor]:
+    """Every tensor in nested dicts and lists, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value.detach().clone()]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for item in value for tensor in tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
 @dataclasses.dataclass
 class Plan:
     """One training."""
@@ -113,8 +129,6 @@ class Plan:
     checkpoint: Path
     save: bool = False
     """Keep the checkpoints of the settings; otherwise nothing is written but the metrics."""
-    optimizer: bool = False
-    """Return the optimizer's state too."""
     stop_at: int | None = None
     """Die in this step, before the optimizer."""
     callback: bool = True
@@ -127,7 +141,7 @@ class Plan:
 
 def train(plan: Plan) -> Recorded:
     """`run_training`, watched."""
-    recorder = Recorder(plan.optimizer, plan.stop_at)
+    recorder = Recorder(plan.stop_at)
     if plan.change is not None:
         plan.change()
     _with_callback(recorder, plan)

@@ -1,0 +1,135 @@
+"""However the model and the batch are split over ranks, the numbers are those of Hugging Face's logits."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from tests.nemo import reference
+from tests.nemo.conftest import Run, Workshop, assemble
+
+STEPS = 10
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to split a training."""
+
+    world: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+LAYOUTS = {
+    "tp1": Layout(1),
+    "tp2": Layout(2, {"tensor": 2}),
+    "tp4": Layout(4, {"tensor": 4}),
+    "pp2": Layout(2, {"pipeline": 2}),
+    "vpp2": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "vpp2-dp2": Layout(4, {"pipeline": 2, "virtual_pipeline": 2}),
+    "dp2": Layout(2),
+    "tp2-pp2": Layout(4, {"tensor": 2, "pipeline": 2}),
+    "tp2-sequence": Layout(2, {"tensor": 2, "sequence": True}),
+    "tp2-recompute": Layout(2, {"tensor": 2, "sequence": True}, {"recompute": "full"}),
+    "dp2-distributed-optimizer": Layout(2, {}, {"distributed_optimizer": True}),
+    "tp2-dp2-distributed-optimizer": Layout(4, {"tensor": 2}, {"distributed_optimizer": True}),
+}
+OTHER_FAMILIES = {
+    "qwen2-tp2-pp2": ("qwen2", Layout(4, {"tensor": 2, "pipeline": 2, "sequence": True})),
+    "qwen3-tp2": ("qwen3", Layout(2, {"tensor": 2})),
+}
+
+
+def train(workshop: Workshop, name: str, layout: Layout, family: str = "llama", **trainer: Any) -> Run:
+    return workshop.train(
+        name, family, world=layout.world, parallel=layout.parallel, trainer={"max_steps": STEPS} | layout.trainer | trainer
+    )
+
+
+def assert_first_step(workshop: Workshop, run: Run, family: str = "llama", **changes: Any) -> None:
+    """The first step's loss, gradient and metrics against Hugging Face. Only sums over at most 200 tokens differ."""
+    answers = run.answers(0)
+    assert len(set(answers)) == len(answers) == run.settings.trainer.global_batch_size
+    sums = workshop.sums(family, **changes)
+    expected = reference.means(sums[answer] for answer in answers)
+    print("first step", run.settings.run.dir, run.losses[0] - expected["loss"])
+    assert run.losses[0] == pytest.approx(expected["loss"], abs=1e-5)
+    first = run.steps[0]
+    for name in ("loss", "cross_entropy", "entropy", "weight"):
+        assert first[name] == pytest.approx(expected[name], abs=1e-5), name
+    assert first["tokens"] == expected["tokens"]
+    assert first["conflict_fraction"] == pytest.approx(expected["conflict_fraction"], abs=1e-12)
+    rows = {answer: workshop.train_rows[answer] for answer in answers}
+    norm = reference.gradient_norm(workshop.model(family, **changes), rows)
+    print("gradient", run.ranks[0].gradient_norms[0] / norm - 1)
+    # Adam forgives a wrong scale of the gradient, so the losses that follow would not show it.
+    assert run.ranks[0].gradient_norms[0] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_first_step_is_hugging_faces(workshop: Workshop, name: str) -> None:
+    assert_first_step(workshop, train(workshop, name, LAYOUTS[name]))
+
+
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_first_step_of_other_families(workshop: Workshop, name: str) -> None:
+    family, layout = OTHER_FAMILIES[name]
+    run = train(workshop, name, layout, family, max_steps=2)
+    assert_first_step(workshop, run, family)
+    # Tied embeddings live on two stages: their copies are compared here.
+    assemble([rank.final for rank in run.ranks])
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "tp1"])
+def test_ten_steps_follow_one_rank(workshop: Workshop, name: str) -> None:
+    single = train(workshop, "tp1", LAYOUTS["tp1"])
+    run = train(workshop, name, LAYOUTS[name])
+    for step in range(STEPS):
+        assert run.answers(step) == single.answers(step)
+    assert len(run.losses) == len(run.steps) == STEPS
+    print("drift", name, max(abs(a / b - 1) for a, b in zip(run.losses, single.losses, strict=True)))
+    assert run.losses == pytest.approx(single.losses, rel=1e-4)
+    for row, expected in zip(run.steps, single.steps, strict=True):
+        assert row["step"] == expected["step"]
+        assert row["tokens"] == expected["tokens"]
+        for key in ("loss", "cross_entropy", "entropy", "weight", "learning_rate"):
+            assert row[key] == pytest.approx(expected[key], rel=1e-4), key
+    before, after = (assemble([getattr(rank, part) for rank in run.ranks]) for part in ("initial", "final"))
+    expected_before, expected_after = (assemble([getattr(single.ranks[0], part)]) for part in ("initial", "final"))
+    assert before.keys() == expected_before.keys() == after.keys() == expected_after.keys()
+    worst = 0.0
+    for key, start in expected_before.items():
+        assert torch.equal(before[key], start), key
+        moved = (expected_after[key] - start).norm()
+        assert moved > 0, key
+        apart = (after[key] - expected_after[key]).norm() / moved
+        worst = max(worst, float(apart))
+        # Adam divides by the size of the gradient, so entries with hardly any move by rounding errors.
+        assert apart < 1e-2, key
+    print("parameters", name, worst)
+
+
+def test_the_rows_can_tell_a_wrong_mean(workshop: Workshop) -> None:
+    """A mean of micro-batch means is far from the right loss on these rows, so the tests above would see it."""
+    run = train(workshop, "tp1", LAYOUTS["tp1"])
+    sums = workshop.sums("llama")
+    wrong = reference.mean_of_means([[sums[row] for row in rows] for rows in run.micro_batches(0)])
+    assert abs(wrong - run.losses[0]) > 1e-2
+    assert reference.means(sums[row] for row in run.answers(0))["conflict_fraction"] > 0
+
+
+def test_recompute_changes_nothing(workshop: Workshop) -> None:
+    assert (
+        train(workshop, "tp2-recompute", LAYOUTS["tp2-recompute"]).losses
+        == train(workshop, "tp2-sequence", LAYOUTS["tp2-sequence"]).losses
+    )
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_micro_batch_size_changes_nothing(workshop: Workshop, size: int) -> None:
+    single = train(workshop, "tp1", LAYOUTS["tp1"])
+    run = train(workshop, f"micro-batch-{size}", Layout(1), max_steps=2, micro_batch_size=size)
+    assert len(run.micro_batches(0)) == 8 // size
+    assert run.losses[0] == pytest.approx(single.losses[0], rel=1e-6)
+    assert run.ranks[0].gradient_norms[0] == pytest.approx(single.ranks[0].gradient_norms[0], rel=1e-5)
