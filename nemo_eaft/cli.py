@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 _OVERRIDES = "group.key=value or group=file, for example trainer.max_steps=5 or loss=sft"
 
@@ -60,8 +61,23 @@ def _guarded(command: Callable[[], int]) -> int:
     """Turn errors into messages and exit codes."""
     from nemo_eaft.launch import is_users
 
-    # A warning for the user is one line; where it was raised is our business.
-    warnings.showwarning = lambda message, *_: print(f"nemo-eaft: warning: {message}", file=sys.stderr)
+    others = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            # For the user: one line; where it was raised is our business.
+            print(f"nemo-eaft: warning: {message}", file=sys.stderr)
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
     try:
         return command()
     except KeyboardInterrupt:
@@ -90,16 +106,21 @@ def _train(arguments: argparse.Namespace) -> int:
     settings = compose(arguments.conf, arguments.overrides)
     place = launched()
     if place is None:
-        from nemo_eaft.ready import make_ready
+        from nemo_eaft.ready import is_finished, make_ready
 
         make_ready(settings)
+        if is_finished(settings):
+            print(f"run.dir={settings.run.dir}: finished, all {settings.trainer.max_steps} steps are done")
+            return 0
         return run_local(settings, [arguments.conf, *arguments.overrides])
     rank, ranks = place
     try:
         check_world(settings, ranks)
-        from nemo_eaft.ready import make_ready, wait_ready
+        from nemo_eaft.ready import is_finished, make_ready, wait_ready
 
         checkpoint = make_ready(settings) if rank == 0 else wait_ready(settings)
+        if is_finished(settings):
+            return 0
         from nemo_eaft.train import run_training
 
         run_training(settings, checkpoint)

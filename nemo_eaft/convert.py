@@ -41,6 +41,12 @@ MANIFEST = "nemo_eaft.json"
 """File inside an imported checkpoint that says what it was made from; its presence means that it is complete."""
 
 
+_JOB_VARIABLES = (
+    "GROUP_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "RANK", "ROLE_", "SLURM_", "TORCHELASTIC_", "WORLD_SIZE",
+)  # fmt: skip
+"""Variables, or the beginnings of their names, by which Lightning would take a process for one rank of a job."""
+
+
 @contextmanager
 def complete_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, renamed to `target` when the block ends well and removed when it does not.
@@ -216,12 +222,8 @@ def run_in_own_process(arguments: list[str], backend: str) -> None:
         RuntimeError: it failed otherwise.
     """
     command = [sys.executable, "-m", "nemo_eaft.convert", "--backend", backend, *arguments]
-    # A conversion is one process whatever job it is called from.
-    inherited = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    }
+    # A conversion is one process, whatever job it is called from.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_JOB_VARIABLES)}
     done = subprocess.run(command, env=inherited, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 2:
         raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("nemo_eaft.convert: "))

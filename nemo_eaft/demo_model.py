@@ -44,10 +44,11 @@ def load_tokenizer(gguf: Path) -> Any:
 
     ``transformers`` 4.57 takes any GGUF of Llama architecture for a Llama tokenizer: it makes
     ``<|im_start|>`` the end token, puts a beginning token before each text, and does not cut numbers into
-    digits. Vocabulary, merges and chat template are right, so those are kept and the rest is set here.
+    digits. Vocabulary, merges and chat template are right, so those are kept and the rest is set here, after
+    the scheme the file names (llama.cpp, ``smollm``: each digit alone, then the pattern of GPT-2).
     """
     from gguf import GGUFReader
-    from tokenizers import decoders, pre_tokenizers, processors  # type: ignore[import-untyped]
+    from tokenizers import decoders, pre_tokenizers, processors
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     loaded = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, legacy=False)

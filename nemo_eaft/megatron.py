@@ -51,7 +51,10 @@ class AttachedLoss:
         self._megatron_loss: Callable[[Tensor, Tensor], Tensor] = getattr(model, _METHOD)
         self._loss_mask: Tensor | None = None
         self._heads_left = 0
-        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._hooks = (
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        )
         setattr(model, _METHOD, self._loss)
 
     def set_loss_mask(self, loss_mask: Tensor | None) -> None:
@@ -65,25 +68,30 @@ class AttachedLoss:
 
     def remove(self) -> None:
         """Give the model its own loss back."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         del self._model.__dict__[_METHOD]
 
     def in_place(self) -> bool:
         """Whether the model still calls this loss: False when something else replaced it afterwards."""
         return self._model.__dict__.get(_METHOD) == self._loss
 
-    def _before_forward(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Plain Megatron-LM and Bridge hand the mask to GPTModel.forward; NeMo's adapter calls set_loss_mask.
         if kwargs.get("loss_mask") is not None:
             self._loss_mask = kwargs["loss_mask"]
         self._heads_left = (model.config.mtp_num_layers or 0) if getattr(model, "mtp_process", False) else 0
+
+    def _after_forward(self, *_: Any) -> None:
+        # Also after a forward without labels, or one that failed: its mask must not meet the next micro-batch.
+        self._loss_mask = None
 
     def _loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, V_local] -> loss [b, s] float32, as Megatron's own method."""
         if self._heads_left:
             self._heads_left -= 1
             return self._megatron_loss(labels, logits)
-        loss_mask, self._loss_mask = self._loss_mask, None
+        loss_mask = self._loss_mask
         if loss_mask is None and self.requires_loss_mask:
             raise RuntimeError(
                 "EAFT got no loss mask for this micro-batch: on_megatron_microbatch_start(batch) did not fire with "

@@ -209,6 +209,17 @@ def checkpoints_in(run_dir: Path) -> list[Path]:
         # NeMo puts a file `<name>-unfinished` beside a checkpoint until all ranks have written their part.
         unfinished = path.with_name(path.name + "-unfinished").exists()
         if is_checkpoint(path) and not unfinished:
-            digits = "".join(path.name.partition("step=")[2].partition("-")[0])
-            found.append((int(digits) if digits.isdigit() else -1, path.stat().st_mtime_ns, path))
+            found.append((_steps_done(path), path.stat().st_mtime_ns, path))
     return [path for *_, path in sorted(found)]
+
+
+def is_finished(settings: Settings) -> bool:
+    """Whether the run's newest checkpoint is that of its last step."""
+    checkpoints = checkpoints_in(Path(settings.run.dir))
+    return bool(checkpoints) and _steps_done(checkpoints[-1]) >= settings.trainer.max_steps
+
+
+def _steps_done(checkpoint: Path) -> int:
+    """Optimizer steps before a checkpoint, by its name: NeMo counts from 0, so step=3 was saved after the fourth."""
+    digits = checkpoint.name.partition("step=")[2].partition("-")[0]
+    return int(digits) + 1 if digits.isdigit() else 0

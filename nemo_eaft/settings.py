@@ -110,7 +110,8 @@ class LossSettings:
     conflict_entropy: float = 0.2
     """A confident conflict has a normalised entropy below this."""
     fused_linear: bool | Literal["auto"] = "auto"
-    """Compute output layer and loss together, without holding all logits. ``auto``: where it pays."""
+    """Compute output layer and loss together, without holding all logits. Not in this version: ``true`` is refused
+    and ``auto`` means ``false``."""
 
     def __post_init__(self) -> None:
         _finite("loss.alpha", self.alpha, 0.0)
@@ -121,10 +122,9 @@ class LossSettings:
         _finite("loss.gate_centre", self.gate_centre, 0.0, 1.0)
         _finite("loss.conflict_probability", self.conflict_probability, 0.0, 1.0)
         _finite("loss.conflict_entropy", self.conflict_entropy, 0.0)
-        if self.gate == "stock" and self.fused_linear is True:
+        if self.fused_linear is True:
             raise ValueError(
-                "loss.fused_linear=true needs our own loss, but loss.gate=stock attaches nothing: use "
-                "loss.gate=none"
+                "loss.fused_linear=true: the fused output layer is not in this version; allowed are false and auto"
             )
 
 
@@ -210,8 +210,8 @@ class TrainerSettings:
     log_every: int = 1
     """Steps between lines of the log."""
     seed: int = 1234
-    """Seed of data order. There is no dropout: NeMo's checkpoints hold no random state, so a resumed run would
-    differ from an undisturbed one."""
+    """Seed of data order. There is no dropout: NeMo's checkpoints hold no random state, so a resumed run
+    would differ from an undisturbed one."""
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "num_nodes", "gpus_per_node", "micro_batch_size", "global_batch_size"):
@@ -349,6 +349,11 @@ def validate(settings: Settings) -> None:
                 f"parallel.sequence={str(parallel.sequence).lower()}, "
                 f"parallel.tensor={parallel.tensor}, parallel.context={parallel.context}"
             )
+    if settings.run.backend == "cpu" and parallel.context > 1:
+        raise ValueError(
+            f"parallel.context={parallel.context} with run.backend=cpu: Megatron-Core's own attention has no context "
+            f"parallelism, Transformer Engine's needs a GPU; allowed is 1"
+        )
     if data.packed:
         _validate_packed(settings)
     if data.validation is None and trainer.val_every not in (0, TrainerSettings.val_every):

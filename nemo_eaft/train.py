@@ -22,7 +22,7 @@ def eaft_config(settings: Settings) -> EAFTConfig:
     loss = dataclasses.asdict(settings.loss)
     known = {field.name for field in dataclasses.fields(EAFTConfig)}
     if loss["gate"] == "stock":
-        loss |= {"gate": "none", "alpha": EAFTConfig.alpha}
+        loss |= {"gate": "none", "alpha": EAFTConfig().alpha}
     return EAFTConfig(**{key: value for key, value in loss.items() if key in known})
 
 
@@ -218,7 +218,10 @@ def build_logger(settings: Settings, run_dir: Path) -> Any:
         mode="max",
         every_n_train_steps=min(trainer.save_every, trainer.max_steps),
         save_top_k=trainer.keep_checkpoints,
-        save_last=True,
+        # A link: the newest checkpoint is not written twice.
+        save_last="link",
+        # Otherwise every validation saves as well.
+        save_on_train_epoch_end=True,
         save_optim_on_train_end=True,
         always_save_context=True,
     )
@@ -228,6 +231,8 @@ def build_logger(settings: Settings, run_dir: Path) -> Any:
         log_dir=str(run_dir / "nemo"),
         use_datetime_version=False,
         explicit_log_dir=str(run_dir / "nemo"),
+        # Otherwise TensorBoard's folder becomes NeMo's log folder with this whole path below it once more.
+        update_logger_directory=False,
         tensorboard=TensorBoardLogger(save_dir=str(run_dir), name="tensorboard", version=""),
         wandb=wandb,
         ckpt=checkpoints,

@@ -85,7 +85,7 @@ def test_loss_settings_and_config_agree() -> None:
         ("loss", {"top_k": 1}, "loss.top_k=1 must be 2 or more"),
         ("loss", {"normalizer": 0.0}, "loss.normalizer=0.0"),
         ("loss", {"conflict_probability": 1.5}, "loss.conflict_probability=1.5"),
-        ("loss", {"gate": "stock", "fused_linear": True}, "loss.fused_linear=true"),
+        ("loss", {"fused_linear": True}, "loss.fused_linear=true"),
         ("parallel", {"tensor": 0}, "parallel.tensor=0 must be 1 or more"),
         (
             "parallel",

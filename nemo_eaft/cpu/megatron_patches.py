@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_eaft.cpu import MEGATRON_VERSION
 from nemo_eaft.cpu.attention import with_packed_sequences
 from nemo_eaft.cpu.norm import build_norm
-from nemo_eaft.cpu.optimizer import keeping_step, with_own_steps, without_step
+from nemo_eaft.cpu.optimizer import keeping_step, with_own_steps, with_states, without_step
 from nemo_eaft.cpu.patch import Patch
 
 # Fields of TransformerConfig that select a CUDA, Apex or torch.compile kernel.
@@ -105,13 +105,19 @@ def patches() -> list[Patch]:
             owner=megatron_random,
             name="_set_cuda_rng_state",
             value=lambda state, *_, **__: torch.set_rng_state(state),
-            reason="as _get_cuda_rng_state (tensor_parallel/random.py:75)",
+            reason="as _get_cuda_rng_state (tensor_parallel/random.py:72)",
         ),
         Patch(
             owner=megatron_random.CudaRNGStatesTracker,
             name="fork",
             value=_fork,
             reason="fork() warns when the host generator moves, which here it always does (tensor_parallel/random.py:204)",
+        ),
+        Patch(
+            owner=DistributedOptimizer,
+            name="state_dict",
+            value=with_states(DistributedOptimizer.state_dict),
+            reason="a resume asks a fresh optimizer for torch's step (optimizer/distrib_optimizer.py:637)",
         ),
         Patch(
             owner=DistributedOptimizer,

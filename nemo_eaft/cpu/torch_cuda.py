@@ -18,26 +18,15 @@ from nemo_eaft.cpu.patch import Patch
 
 CPU = torch.device("cpu")
 
-_FACTORIES = (
-    "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like",
-    "rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like",
-)  # fmt: skip
+# Those that are called with a literal device="cuda" or with pinned memory.
+_FACTORIES = ("arange", "empty", "empty_like", "ones", "tensor", "zeros")
 
 
 class HostStream:
-    """Stands for torch.cuda.Stream: work on the host is done when the call returns, so waiting is nothing."""
+    """Stands for torch.cuda.Stream: work on the host is done when the call returns."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
-
-    def wait_stream(self, *_: Any) -> None:
-        """Nothing to wait for."""
-
-    def wait_event(self, *_: Any) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
 
 
 def on_host(device: Any) -> Any:
@@ -111,20 +100,12 @@ def patches() -> list[Patch]:
         ),
         Patch(
             owner=torch.cuda,
-            name="set_device",
-            value=lambda *_: None,
-            reason="each rank claims its GPU (nemo/lightning/fabric/strategies.py:190)",
-        ),
-        Patch(
-            owner=torch.cuda,
             name="synchronize",
             value=lambda *_, **__: None,
             reason="waits before and after checkpoints and p2p (core/pipeline_parallel/p2p_communication.py:398)",
         ),
         Patch(owner=torch.cuda, name="Stream", value=HostStream, reason=stream),
         Patch(owner=torch.cuda, name="stream", value=lambda _: contextlib.nullcontext(), reason=stream),
-        Patch(owner=torch.cuda, name="current_stream", value=lambda *_: HostStream(), reason=stream),
-        Patch(owner=torch.cuda, name="default_stream", value=lambda *_: HostStream(), reason=stream),
         Patch(
             owner=torch.cuda,
             name="manual_seed",
@@ -136,12 +117,6 @@ def patches() -> list[Patch]:
             name="get_rng_state",
             value=lambda *_, **__: torch.get_rng_state(),
             reason="the generator that init and dropout draw from is the host's (core/tensor_parallel/random.py:196)",
-        ),
-        Patch(
-            owner=torch.cuda,
-            name="set_rng_state",
-            value=lambda state, *_, **__: torch.set_rng_state(state),
-            reason="as get_rng_state",
         ),
         Patch(
             owner=torch.cuda,

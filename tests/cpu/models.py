@@ -126,6 +126,14 @@ class Batch:
         """The model's logits [b, s, V_local]."""
         return model(self.tokens, self.positions, None, **extra)
 
+    def logits_of_main(self, model: Any) -> Tensor:
+        """Logits of the main prediction, where Megatron refuses to give them: with multi-token prediction heads."""
+        seen = []
+        hook = model.output_layer.register_forward_hook(lambda _, __, out: seen.append(out[0].detach().clone()))
+        self.forward(model)
+        hook.remove()
+        return seen[-1].transpose(0, 1)
+
 
 def batch(size: int = 2, length: int = 8, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
@@ -151,3 +159,9 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Of all entries. The names must be the same."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def largest_relative_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Of all entries, each relative to the largest of its tensor in `b`."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max() / b[name].abs().max()) for name in a)

@@ -106,8 +106,8 @@ def test_gradients_under_sequence_parallelism_are_those_without() -> None:
     assert len(whole) == 9
     assert min(float(gradient.abs().max()) for gradient in whole.values()) > 1e-2
     for found in run_ranks(norm_gradients, 2, 2, True) + run_ranks(norm_gradients, 2, 2, False):
-        # Gradients here are sums over 16 tokens, up to about ten: 1e-6 of that.
-        assert models.largest_difference(found, whole) < 2e-5
+        # Each gradient is a sum over 16 tokens, rounded relative to its largest terms.
+        assert models.largest_relative_difference(found, whole) < 2e-6
 
     wrong = run_ranks(norm_gradients, 2, 2, True, False)[0]
     assert models.largest_difference(wrong, whole) > 1e-2, "norms without the mark went unnoticed"
