@@ -124,6 +124,7 @@ def save_hf_files(source: Path, tokenizer: str | None, target: Path, trust_remot
 
 def _importer(source: Path, hf_files: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     """NeMo's importer of the family of `source`, with the tokenizer taken from `hf_files`, and the model class."""
+    import fiddle as fdl
     from transformers import AutoConfig
 
     hf_config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -140,9 +141,11 @@ def _importer(source: Path, hf_files: Path, trust_remote_code: bool) -> tuple[An
             config = super().config
             # Qwen3's importer leaves out the head size, which is not hidden_size / heads there (qwen3.py:305).
             head_dim = getattr(hf_config, "head_dim", None)
-            if head_dim is not None:
-                config.kv_channels = head_dim
-            return config
+            if head_dim is None or config.kv_channels == head_dim:
+                return config
+            # In NeMo's record of the configuration, which is what a checkpoint keeps.
+            config.__io__.kv_channels = head_dim
+            return fdl.build(config.__io__)
 
     return Importer(str(source)), model_class
 

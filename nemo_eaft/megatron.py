@@ -116,9 +116,7 @@ class AttachedLoss:
             return self._megatron_loss(labels, logits)
         return out.loss.transpose(0, 1).contiguous()
 
-    def _eaft(
-        self, logits: Tensor, labels: Tensor, config: EAFTConfig, loss_mask: Tensor | None
-    ) -> TokenLoss:
+    def _eaft(self, logits: Tensor, labels: Tensor, config: EAFTConfig, loss_mask: Tensor | None) -> TokenLoss:
         # Labels and mask are transposed, a view; the logits, V times larger, never are.
         return eaft_loss(
             logits,
@@ -156,9 +154,7 @@ def attach(
         ValueError: no such method, EAFT is attached already, or `vocab_size` is above the model's padded vocabulary.
     """
     if fused_linear:
-        raise ValueError(
-            "fused_linear: True; allowed: False. The fused output layer is not available in this version"
-        )
+        raise ValueError("fused_linear: True; allowed: False. The fused output layer is not available in this version")
     core = unwrap(model)
     if not getattr(core, "post_process", True):
         return None
@@ -196,9 +192,7 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     while not hasattr(type(core), _METHOD):
         core = getattr(core, "module", None)
         if core is None:
-            raise ValueError(
-                f"model: {type(model).__name__} holds no model with a method {_METHOD}(labels, logits)"
-            )
+            raise ValueError(f"model: {type(model).__name__} holds no model with a method {_METHOD}(labels, logits)")
     return core
 
 

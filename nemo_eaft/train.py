@@ -61,6 +61,8 @@ def run_training(settings: Settings, checkpoint: Path) -> None:
         log=build_logger(settings, run_dir),
         resume=nl.AutoResume(
             resume_if_exists=settings.run.resume,
+            # NeMo would look below its log folder and, finding nothing, start anew.
+            resume_from_directory=str(run_dir / "checkpoints"),
             resume_ignore_no_checkpoint=True,
             restore_config=nl.RestoreConfig(path=str(checkpoint)),
         ),

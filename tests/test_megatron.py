@@ -80,9 +80,7 @@ def gradient() -> None:
     mask = data.loss_mask
     logits = data.logits(model)
     exact = formula(logits, data.labels, config)
-    ce = torch.nn.functional.cross_entropy(
-        logits[..., :V].flatten(0, 1), data.labels.flatten(), reduction="none"
-    )
+    ce = torch.nn.functional.cross_entropy(logits[..., :V].flatten(0, 1), data.labels.flatten(), reduction="none")
     (ce * (exact["weight"] * mask).flatten().float()).sum().backward()
     expected = models.gradients(model)
     model.zero_grad()
@@ -177,7 +175,7 @@ def test_an_ignored_label_under_the_mask_is_an_error_and_elsewhere_nothing() -> 
 
 
 def measuring() -> None:
-    """measure_only: Megatron's loss and gradient bit for bit, although it overwrites float32 logits, and EAFT's sums."""
+    """measure_only: Megatron's loss and gradient bit for bit, though it overwrites float32 logits, and EAFT's sums."""
     model, data = model_and_data()
     config = EAFTConfig()
     mask = data.loss_mask
@@ -409,7 +407,7 @@ def wrong_arguments() -> None:
     for size in (models.PADDED_VOCAB_SIZE + 1, 1, 0):
         with pytest.raises(ValueError, match=rf"^vocab_size: {size}; allowed: 2 to 32"):
             attach(model, EAFTConfig(), vocab_size=size)
-    with pytest.raises(ValueError, match="^fused_linear: True"):
+    with pytest.raises(ValueError, match=r"^fused_linear: True"):
         attach(model, EAFTConfig(), vocab_size=V, fused_linear=True)
     assert attached(model) is None
     assert not model._forward_pre_hooks

@@ -59,7 +59,8 @@ def enable() -> None:
     early = [name for name in ("megatron.core", "nemo") if name in sys.modules]
     if early and not _WAS_ENABLED:
         raise RuntimeError(
-            f"nemo_eaft.cpu.enable() must run before {' and '.join(early)} is imported: put it at the top of the script."
+            f"nemo_eaft.cpu.enable() must run before {' and '.join(early)} is imported: "
+            "put it at the top of the script."
         )
 
     from nemo_eaft.cpu import torch_cuda
@@ -92,8 +93,8 @@ def _check_call_sites() -> None:
 
     if transformer_block.LayerNormImpl is not WrappedTorchNorm:
         raise RuntimeError(
-            f"nemo_eaft.cpu.enable(): Megatron-Core chose {transformer_block.LayerNormImpl.__name__} as its norm, because "
-            "Transformer Engine or Apex is installed; both need a GPU. Uninstall them where there is none."
+            f"nemo_eaft.cpu.enable(): Megatron-Core chose {transformer_block.LayerNormImpl.__name__} as its norm, "
+            "because Transformer Engine or Apex is installed; both need a GPU. Uninstall them where there is none."
         )
     bypassed = _APPLIED.bypassed(_PATCHED_PACKAGES)
     if bypassed:

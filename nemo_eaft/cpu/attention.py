@@ -6,6 +6,7 @@ Engine. Here each packed sequence goes through the unpacked code by itself, so p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def with_packed_sequences(forward: Callable[..., torch.Tensor]) -> Callable[...,
         if bounds[-1] < query.size(0):
             bounds.append(query.size(0))
         parts = []
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in itertools.pairwise(bounds):
             if start == stop:
                 continue
             # No mask given: the local softmax builds the causal one itself.

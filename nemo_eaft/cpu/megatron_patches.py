@@ -34,7 +34,7 @@ _FUSIONS = (
 _ASYNCHRONOUS = ("deallocate_pipeline_outputs",)
 
 
-# Layers whose local form writes other checkpoint names than Transformer Engine's, so that neither could read the other's.
+# Layers whose local form writes other checkpoint names than Transformer Engine's: neither could read the other's.
 _DENSE_ONLY = ("num_moe_experts", "multi_latent_attention")
 
 
@@ -81,7 +81,7 @@ def patches() -> list[Patch]:
             owner=TransformerConfig,
             name="__post_init__",
             value=_without_fusions(TransformerConfig.__post_init__),
-            reason="fused kernels are on by default (transformer/transformer_config.py) and need CUDA, Apex or a compiler",
+            reason="fused kernels are the default (transformer/transformer_config.py) and need a GPU or a compiler",
         ),
         Patch(
             owner=WrappedTorchNorm,
@@ -111,7 +111,7 @@ def patches() -> list[Patch]:
             owner=megatron_random.CudaRNGStatesTracker,
             name="fork",
             value=_fork,
-            reason="fork() warns when the host generator moves, which here it always does (tensor_parallel/random.py:204)",
+            reason="fork() warns when the host generator moves, which it does here (tensor_parallel/random.py:204)",
         ),
         Patch(
             owner=DistributedOptimizer,
@@ -123,7 +123,7 @@ def patches() -> list[Patch]:
             owner=DistributedOptimizer,
             name="_get_main_param_and_optimizer_states",
             value=without_step(DistributedOptimizer._get_main_param_and_optimizer_states),
-            reason="FusedAdam has no per-parameter step; torch's is taken for a shard (optimizer/distrib_optimizer.py:952)",
+            reason="FusedAdam has no step tensor; torch's is taken for a shard (optimizer/distrib_optimizer.py:952)",
         ),
         Patch(
             owner=DistributedOptimizer,

@@ -73,5 +73,5 @@ def build_norm(
         raise ValueError("memory_efficient_layer_norm: True; the CPU backend has none (it is Apex's)")
     norm = kinds[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.sequence_parallel = config.sequence_parallel
     return norm

@@ -147,7 +147,7 @@ def batch(size: int = 2, length: int = 8, seed: int = 0) -> Batch:
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    """A copy of every parameter's gradient; those that sequence parallelism leaves partial are summed over the ranks."""
+    """A copy of every parameter's gradient; what sequence parallelism leaves partial is summed over the ranks."""
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         if getattr(parameter, "sequence_parallel", False):

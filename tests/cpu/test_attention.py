@@ -80,9 +80,7 @@ def compare(embedding: str, tensor: int, recompute: bool, case: str) -> dict[str
         logits = data.logits(model, packed_seq_params=given)
         (logits * upstream).sum().backward()
         parts = [logits[:, place].detach() for place in places]
-        found[f"{name} logits"] = max(
-            float((a - b).abs().max()) for a, b in zip(parts, expected, strict=True)
-        )
+        found[f"{name} logits"] = max(float((a - b).abs().max()) for a, b in zip(parts, expected, strict=True))
         found[f"{name} gradients"] = models.largest_difference(models.gradients(model), expected_gradients)
     return found
 

@@ -77,8 +77,8 @@ def transformer_engine_entries(
         tensor_entry(f"{mlp}.linear_fc1.layer_norm_weight", (HIDDEN,), None, layer)
         # MLP.sharded_state_dict splits gate and up of SwiGLU: two shards a rank, of a tensor with all of both.
         for part in range(2):
-            at = (part * tensor + tensor_rank) * (FFN // tensor)
-            entry = Entry("tensor", (LAYERS, 2 * FFN, HIDDEN), (layer, at, 0), (0, 0, 0))
+            row = (part * tensor + tensor_rank) * (FFN // tensor)
+            entry = Entry("tensor", (LAYERS, 2 * FFN, HIDDEN), (layer, row, 0), (0, 0, 0))
             found.add((f"{mlp}.linear_fc1.weight", entry))
         object_entry(f"{mlp}.linear_fc1._extra_state", layer)
         tensor_entry(f"{mlp}.linear_fc2.weight", (HIDDEN, FFN), 1, layer)
@@ -94,8 +94,8 @@ def transformer_engine_entries(
             tensor_entry("output_layer.weight", vocabulary, 0)
         elif not first:
             # The last stage's copy of the embedding counts as the second replica.
-            at = (tensor_rank * (models.PADDED_VOCAB_SIZE // tensor), 0)
-            found.add(("embedding.word_embeddings.weight", Entry("tensor", vocabulary, at, (1, 0, 0))))
+            corner = (tensor_rank * (models.PADDED_VOCAB_SIZE // tensor), 0)
+            found.add(("embedding.word_embeddings.weight", Entry("tensor", vocabulary, corner, (1, 0, 0))))
     return found
 
 

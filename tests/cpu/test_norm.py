@@ -83,21 +83,19 @@ def norm_gradients(tensor: int, sequence: bool, marked: bool = True) -> dict[str
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
     models.start(tensor)
-    config = models.config(
-        tensor, sequence_parallel=sequence, qk_layernorm=True, bias_dropout_fusion=False
-    )
+    config = models.config(tensor, sequence_parallel=sequence, qk_layernorm=True, bias_dropout_fusion=False)
     model = models.gpt(config)
     norms = {name: p for name, p in model.named_parameters() if "norm" in name}
     for name, parameter in norms.items():
-        assert parameter.sequence_parallel is sequence, name  # type: ignore[attr-defined]
+        assert parameter.sequence_parallel is sequence, name
         if not marked:
-            del parameter.sequence_parallel  # type: ignore[attr-defined]
+            del parameter.sequence_parallel
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
     ddp.zero_grad_buffer()
     data = models.batch(length=8)
     (data.forward(ddp) * data.loss_mask).sum().backward()
     finalize_model_grads([ddp])
-    found: dict[str, Any] = {name: p.main_grad.clone() for name, p in norms.items()}  # type: ignore[attr-defined]
+    found: dict[str, Any] = {name: p.main_grad.clone() for name, p in norms.items()}
     return found
 
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -142,6 +143,7 @@ def _rank(
     output = os.open(folder / f"output_{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         _check_preload()
         os.environ.update(
@@ -177,6 +179,14 @@ def _rank(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """A rank whose session was killed must not stay behind, waiting for its peers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _check_preload() -> None:
