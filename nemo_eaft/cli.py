@@ -45,6 +45,10 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "train; started alone it starts its own ranks, under torchrun or srun it is one"),
     ):
         command = add(name, run, help)
+        if name == "import":
+            command.add_argument(
+                "--data", action="store_true", help="also read and check the rows, and write them to run.dir"
+            )
         command.add_argument("conf", metavar="CONF", help="a name of conf/ (demo) or a .yaml file")
         command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=_OVERRIDES)
     export = add("export", _export, "convert a checkpoint to a Hugging Face folder")
@@ -92,10 +96,15 @@ def _guarded(command: Callable[[], int]) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     from nemo_eaft.compose import compose
-    from nemo_eaft.ready import import_model, open_model
+    from nemo_eaft.ready import check_run_dir, import_model, open_model, prepare_rows
 
     settings = compose(arguments.conf, arguments.overrides)
-    print(import_model(settings, open_model(settings)))
+    if arguments.data:
+        check_run_dir(settings)
+    model = open_model(settings)
+    if arguments.data:
+        prepare_rows(settings, model)
+    print(import_model(settings, model))
     return 0
 
 
@@ -105,25 +114,25 @@ def _train(arguments: argparse.Namespace) -> int:
 
     settings = compose(arguments.conf, arguments.overrides)
     place = launched()
-    if place is None:
-        from nemo_eaft.ready import is_finished, make_ready
+    from nemo_eaft.ready import check_run_dir, make_ready, wait_ready
 
-        make_ready(settings)
-        if is_finished(settings):
+    if place is None:
+        if make_ready(settings).finished:
             print(f"run.dir={settings.run.dir}: finished, all {settings.trainer.max_steps} steps are done")
             return 0
         return run_local(settings, [arguments.conf, *arguments.overrides])
     rank, ranks = place
+    # Before write_error can act: until these pass, run.dir may be another run's.
+    check_world(settings, ranks)
+    check_run_dir(settings)
     try:
-        check_world(settings, ranks)
-        from nemo_eaft.ready import is_finished, make_ready, wait_ready
-
-        checkpoint = make_ready(settings) if rank == 0 else wait_ready(settings)
-        if is_finished(settings):
+        # Rank 0 decides whether the run is finished: another rank might look a moment later, or at an older state.
+        ready = make_ready(settings) if rank == 0 else wait_ready(settings)
+        if ready.finished:
             return 0
         from nemo_eaft.train import run_training
 
-        run_training(settings, checkpoint)
+        run_training(settings, ready.checkpoint)
     except (Exception, SystemExit) as error:
         write_error(Path(settings.run.dir), rank, error)
         raise
@@ -131,7 +140,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from nemo_eaft.convert import HF_FILES, hf_folder, run_in_own_process
+    from nemo_eaft.convert import run_in_own_process
     from nemo_eaft.ready import CONFIG, checkpoints_in, is_checkpoint
 
     checkpoint: Path = arguments.checkpoint
@@ -144,31 +153,19 @@ def _export(arguments: argparse.Namespace) -> int:
     if not is_checkpoint(checkpoint):
         there = checkpoints_in(checkpoint)
         if not there:
-            raise ValueError(
-                f"checkpoint {checkpoint}: neither a complete NeMo checkpoint nor a run with one"
-            )
+            raise ValueError(f"checkpoint {checkpoint}: neither a complete NeMo checkpoint nor a run with one")
         checkpoint = there[-1]
     output: Path = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists and is not an empty folder")
-    hf, backend = arguments.hf, arguments.backend
-    if run_dir is not None:
-        from nemo_eaft.compose import load
-        from nemo_eaft.hf_model import imported_folder
-
-        settings = load(run_dir / CONFIG)
-        backend = backend or settings.run.backend
-        if hf is None:
-            model = settings.model
-            hf = imported_folder(model, hf_folder(model.hf, model.trust_remote_code)) / HF_FILES
-    elif hf is None and (checkpoint / HF_FILES).is_dir():
-        hf = checkpoint / HF_FILES
-    if hf is None:
-        raise ValueError(
-            f"--hf: {checkpoint} lies in no run.dir, so the folder of the model it came from must be given"
-        )
+    hf: Path = arguments.hf or _hf_files(checkpoint, run_dir)
     if not (hf / "config.json").is_file():
         raise ValueError(f"--hf {hf}: no config.json there")
+    backend = arguments.backend
+    if backend is None and run_dir is not None:
+        from nemo_eaft.compose import load
+
+        backend = load(run_dir / CONFIG).run.backend
     if backend is None:
         import torch
 
@@ -176,6 +173,22 @@ def _export(arguments: argparse.Namespace) -> int:
     run_in_own_process(["to-hf", str(checkpoint.resolve()), str(output), str(hf)], backend)
     print(output)
     return 0
+
+
+def _hf_files(checkpoint: Path, run_dir: Path | None) -> Path:
+    """Configuration and tokenizer of the model that a checkpoint came from: its own copy, or that of the import."""
+    from nemo_eaft.convert import HF_FILES
+    from nemo_eaft.ready import read_ready
+
+    ready = read_ready(run_dir) if run_dir is not None else None
+    # NeMo keeps the tokenizer's folder in context/, under the name it had in the import.
+    places = [checkpoint / "context" / HF_FILES, checkpoint / HF_FILES]
+    places += [ready.checkpoint / HF_FILES] if ready is not None else []
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    looked = ", ".join(map(str, places))
+    raise ValueError(f"--hf: no config.json in {looked}, so the folder of the model it came from must be given")
 
 
 if __name__ == "__main__":

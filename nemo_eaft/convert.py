@@ -1,9 +1,10 @@
 """Hugging Face weights to a NeMo checkpoint and back, by NeMo's own connectors.
 
-NeMo 2.7.3 converts the weights; three things around it are corrected here, because they lose what the user had:
+NeMo 2.7.3 converts the weights; what it gets wrong is corrected here, because it loses what the user had:
 
 * its exporters rebuild the Hugging Face configuration from NeMo's, with fixed token ids, rope settings left out and,
   for Llama, a vocabulary cut to the tokenizer's. An export takes the configuration of the imported model instead;
+* its importers leave some of the configuration at defaults: the size of a head, whether embeddings are tied;
 * its importers put the tokenizer in a folder of /tmp that all users share, and load it with `trust_remote_code=True`;
 * a conversion that dies leaves a folder that looks finished. Here a folder appears under its name when it is complete.
 
@@ -25,13 +26,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Hugging Face `model_type` -> (NeMo model, NeMo configuration) of nemo.collections.llm 2.7.3.
+# Hugging Face `model_type` -> NeMo model of nemo.collections.llm 2.7.3.
 FAMILIES = {
-    "llama": ("LlamaModel", "LlamaConfig"),
-    "mistral": ("MistralModel", "MistralConfig7B"),
-    "qwen2": ("Qwen2Model", "Qwen2Config"),
-    "qwen3": ("Qwen3Model", "Qwen3Config"),
-    "qwen3_moe": ("Qwen3Model", "Qwen3MoEConfig"),
+    "llama": "LlamaModel",
+    "mistral": "MistralModel",
+    "qwen2": "Qwen2Model",
+    "qwen3": "Qwen3Model",
+    "qwen3_moe": "Qwen3Model",
 }
 
 HF_FILES = "hf"
@@ -65,8 +66,8 @@ def complete_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def nemo_model_classes(model_type: str) -> tuple[type, type]:
-    """NeMo's model and configuration class for a Hugging Face `model_type`.
+def nemo_model_class(model_type: str) -> type:
+    """NeMo's model class for a Hugging Face `model_type`.
 
     Raises:
         ValueError: NeMo 2.7.3 cannot convert this family in both directions.
@@ -77,11 +78,11 @@ def nemo_model_classes(model_type: str) -> tuple[type, type]:
         )
     from nemo.collections import llm
 
-    model, config = FAMILIES[model_type]
-    return getattr(llm, model), getattr(llm, config)
+    model_class: type = getattr(llm, FAMILIES[model_type])
+    return model_class
 
 
-def hf_folder(name: str, trust_remote_code: bool = False) -> Path:
+def hf_folder(name: str) -> Path:
     """The local folder of a Hugging Face model: `name` itself, or its snapshot in the cache (downloaded if needed).
 
     Raises:
@@ -90,18 +91,14 @@ def hf_folder(name: str, trust_remote_code: bool = False) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"model.hf: {name} has no config.json; expected a folder written by save_pretrained"
-            )
+            raise ValueError(f"model.hf: {name} has no config.json; expected a folder written by save_pretrained")
         return folder.resolve()
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
     except Exception as error:  # one message for: no network, no such name, no permission
-        raise ValueError(
-            f"model.hf: {name!r} is no local folder and could not be downloaded ({error})"
-        ) from error
+        raise ValueError(f"model.hf: {name!r} is no local folder and could not be downloaded ({error})") from error
 
 
 def save_hf_files(source: Path, tokenizer: str | None, target: Path, trust_remote_code: bool) -> None:
@@ -110,9 +107,7 @@ def save_hf_files(source: Path, tokenizer: str | None, target: Path, trust_remot
 
     AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).save_pretrained(target)
     try:
-        AutoTokenizer.from_pretrained(
-            tokenizer or source, trust_remote_code=trust_remote_code
-        ).save_pretrained(target)
+        AutoTokenizer.from_pretrained(tokenizer or source, trust_remote_code=trust_remote_code).save_pretrained(target)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.tokenizer: {tokenizer or source} holds no tokenizer ({error})") from error
     # NeMo's importers read it unconditionally; a model without one gets the empty default.
@@ -122,13 +117,47 @@ def save_hf_files(source: Path, tokenizer: str | None, target: Path, trust_remot
         GenerationConfig().save_pretrained(target)
 
 
-def _importer(source: Path, hf_files: Path, trust_remote_code: bool) -> tuple[Any, Any]:
-    """NeMo's importer of the family of `source`, with the tokenizer taken from `hf_files`, and the model class."""
-    import fiddle as fdl
+def _nemo_fields(hf_config: Any) -> dict[str, Any]:
+    """Fields of NeMo's configuration that its importers leave at a default of their own (2.7.3).
+
+    Qwen3's takes 128 for the size of a head; Qwen2's and Mistral's untie the embedding from the output layer, which a
+    model trained that way loses on its way back; Mistral's takes the vocabulary size from the tokenizer.
+    """
+    fields = {
+        "vocab_size": hf_config.vocab_size,
+        "share_embeddings_and_output_weights": hf_config.tie_word_embeddings,
+    }
+    head_dim = getattr(hf_config, "head_dim", None)
+    return fields if head_dim is None else fields | {"kv_channels": head_dim}
+
+
+@contextmanager
+def _no_output_layer(tied: bool) -> Iterator[None]:
+    """Where `tied`, convert no output layer, in either direction: the embedding is it."""
+    from nemo.lightning import io
+
+    apply_transforms = io.apply_transforms
+    names = ("output_layer.weight", "lm_head.weight")
+
+    def without(source: Any, target: Any, mapping: dict[str, str], transforms: list[Any], **kwargs: Any) -> Any:
+        mapping = {key: value for key, value in mapping.items() if key not in names}
+        transforms = [transform for transform in transforms if transform.source_key not in names]
+        return apply_transforms(source, target, mapping=mapping, transforms=transforms, **kwargs)
+
+    if tied:
+        io.apply_transforms = without
+    try:
+        yield
+    finally:
+        io.apply_transforms = apply_transforms
+
+
+def _importer(source: Path, hf_files: Path, trust_remote_code: bool) -> Any:
+    """NeMo's importer of the family of `source`, with the tokenizer taken from `hf_files`."""
     from transformers import AutoConfig
 
     hf_config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    model_class, _ = nemo_model_classes(hf_config.model_type)
+    model_class = nemo_model_class(hf_config.model_type)
     base = type(model_class.importer(f"hf://{source}"))  # type: ignore[attr-defined]
 
     class Importer(base):  # type: ignore[misc, valid-type]
@@ -139,20 +168,20 @@ def _importer(source: Path, hf_files: Path, trust_remote_code: bool) -> tuple[An
         @property
         def config(self) -> Any:
             config = super().config
-            # Qwen3's importer leaves out the head size, which is not hidden_size / heads there (qwen3.py:305).
-            head_dim = getattr(hf_config, "head_dim", None)
-            if head_dim is None or config.kv_channels == head_dim:
-                return config
-            # In NeMo's record of the configuration, which is what a checkpoint keeps.
-            config.__io__.kv_channels = head_dim
-            return fdl.build(config.__io__)
+            for name, value in _nemo_fields(hf_config).items():
+                setattr(config, name, value)
+                # What a checkpoint keeps is the record of how the configuration was built.
+                setattr(config.__io__, name, value)
+            return config
 
-    return Importer(str(source)), model_class
+        def convert_state(self, source: Any, target: Any, *args: Any) -> Any:
+            with _no_output_layer(hf_config.tie_word_embeddings):
+                return super().convert_state(source, target, *args)
+
+    return Importer(str(source))
 
 
-def convert_to_nemo(
-    source: Path, output: Path, tokenizer: str | None = None, trust_remote_code: bool = False
-) -> Path:
+def convert_to_nemo(source: Path, output: Path, tokenizer: str | None = None, trust_remote_code: bool = False) -> Path:
     """Convert the Hugging Face model in `source` to a NeMo checkpoint `output`. One process, no GPU needed.
 
     The weights keep their dtype. `output` also gets a folder `hf/` with configuration and tokenizer.
@@ -174,8 +203,7 @@ def convert_to_nemo(
                 f"a label above them has no logit"
             )
         # The context that NeMo saves with the model records the tokenizer's folder, so it needs its final name.
-        importer, _ = _importer(source, hf_files, trust_remote_code)
-        importer.apply(folder)
+        _importer(source, hf_files, trust_remote_code).apply(folder)
         manifest = {"source": str(source), "vocab_size": vocab_size, "tokens": tokens}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return output
@@ -193,21 +221,26 @@ def convert_to_hf(checkpoint: Path, output: Path, hf_files: Path) -> Path:
     """
     for needed in ("weights", "context"):
         if not (checkpoint / needed).is_dir():
-            raise ValueError(
-                f"checkpoint: {checkpoint} has no {needed}/ folder; expected one that NeMo saved"
-            )
+            raise ValueError(f"checkpoint: {checkpoint} has no {needed}/ folder; expected one that NeMo saved")
     if not (hf_files / "config.json").is_file():
         raise ValueError(f"hf: {hf_files} has no config.json; give the folder of the model that was imported")
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     hf_config = AutoConfig.from_pretrained(hf_files)
-    model_class, _ = nemo_model_classes(hf_config.model_type)
+    model_class = nemo_model_class(hf_config.model_type)
     base = type(model_class.exporter("hf", checkpoint))  # type: ignore[attr-defined]
 
     class Exporter(base):  # type: ignore[misc, valid-type]
         @property
         def config(self) -> Any:
             return hf_config
+
+        def convert_state(self, source: Any, target: Any, *args: Any) -> Any:
+            with _no_output_layer(hf_config.tie_word_embeddings):
+                converted = super().convert_state(source, target, *args)
+            # NeMo builds the model without tying it, and would save an output layer of arbitrary values.
+            converted.tie_weights()
+            return converted
 
     with complete_folder(output) as folder:
         Exporter(str(checkpoint)).apply(folder)

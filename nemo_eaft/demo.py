@@ -16,15 +16,16 @@ from typing import Any
 
 from nemo_eaft import cli, recorder
 from nemo_eaft.atomic import replacing
-from nemo_eaft.compose import compose
+from nemo_eaft.compose import compose, load
 from nemo_eaft.demo_data import build
 from nemo_eaft.hf_model import home
 from nemo_eaft.launch import ERROR
-from nemo_eaft.ready import CONFIG
+from nemo_eaft.ready import CONFIG, READY
+from nemo_eaft.settings import Settings
 
 CONF = "demo"
 
-_OURS = {CONFIG, ERROR, "checkpoints", "data", "eaft.json", "hf", "metrics.jsonl", "nemo", "report.png"}
+_OURS = {CONFIG, ERROR, READY, "checkpoints", "data", "eaft.json", "hf", "metrics.jsonl", "nemo", "report.png"}
 _OURS |= {"summary.json", "tensorboard"}
 
 
@@ -50,7 +51,7 @@ def main(overrides: list[str]) -> int:
     steps = [row for row in history if "loss" in row]
     validations = [row["val_loss"] for row in history if "val_loss" in row]
     summary = {
-        "model": "SmolLM2-135M-Instruct",
+        "model": model_name(settings),
         "gate": settings.loss.gate,
         "alpha": settings.loss.alpha,
         "tensor_parallel": settings.parallel.tensor,
@@ -65,8 +66,13 @@ def main(overrides: list[str]) -> int:
     }
     with replacing(run_dir / "summary.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    _print_table(summary, steps, run_dir)
+    _print_table(summary, steps, settings)
     return 0
+
+
+def model_name(settings: Settings) -> str:
+    """The name of the model: the demo's folder is just called `model`."""
+    return "SmolLM2-135M-Instruct" if settings.model.hf == compose(CONF).model.hf else settings.model.hf
 
 
 def held_out_cross_entropy(model_folder: Path, rows: Path, limit: int) -> tuple[float, int]:
@@ -93,21 +99,40 @@ def held_out_cross_entropy(model_folder: Path, rows: Path, limit: int) -> tuple[
 
 
 def _start_afresh(run_dir: Path) -> None:
-    """The demo shows a whole run each time; only the converted model and the rows are kept."""
+    """The demo shows a whole run each time; only the converted model and the source rows are kept.
+
+    Raises:
+        ValueError: `run_dir` holds anything but an earlier run of the demo's own model and rows.
+    """
     if not run_dir.exists():
         return
-    foreign = sorted({path.name for path in run_dir.iterdir()} - _OURS)
+    if not run_dir.is_dir():
+        raise ValueError(f"run.dir={run_dir} is a file")
+    names = {path.name for path in run_dir.iterdir()}
+    # Without a configuration nothing says whose run it is; what a demo that failed early leaves can stay.
+    foreign = sorted(names - (_OURS if CONFIG in names else {"data", ERROR}))
     if foreign:
-        raise ValueError(f"run.dir={run_dir} holds {', '.join(foreign)}, which no run wrote; choose another folder")
+        raise ValueError(
+            f"run.dir={run_dir} holds {', '.join(foreign)}, which no run of the demo left; choose another folder"
+        )
+    if CONFIG not in names:
+        return
+    demo, earlier = compose(CONF), load(run_dir / CONFIG)
+    if (earlier.model.hf, earlier.data.train) != (demo.model.hf, demo.data.train):
+        raise ValueError(
+            f"run.dir={run_dir} holds a run of model.hf={earlier.model.hf} on data.train={earlier.data.train}, "
+            f"which is not the demo's and would be deleted; choose another folder"
+        )
     print(f"demo: replacing the earlier run in {run_dir}", flush=True)
     shutil.rmtree(run_dir)
 
 
-def _print_table(summary: dict[str, Any], steps: list[dict[str, Any]], run_dir: Path) -> None:
+def _print_table(summary: dict[str, Any], steps: list[dict[str, Any]], settings: Settings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{summary['model']}, EAFT, TP={summary['tensor_parallel']}, {summary['steps']} steps on the CPU")
+    title = f"{summary['model']}, gate={summary['gate']}, TP={summary['tensor_parallel']}, {summary['steps']} steps"
+    table = Table(title=f"{title}, {settings.run.backend}")
     for column in ("", "before", "after"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row(
@@ -128,7 +153,8 @@ def _print_table(summary: dict[str, Any], steps: list[dict[str, Any]], run_dir: 
     console.print(table)
     console.print(
         f"{summary['tokens']} answer tokens, {summary['training_seconds']:.0f} s of training, "
-        f"{summary['seconds']:.0f} s in all; results in {run_dir}/ (hf/, metrics.jsonl, report.png, summary.json)",
+        f"{summary['seconds']:.0f} s in all; "
+        f"results in {settings.run.dir}/ (hf/, metrics.jsonl, report.png, summary.json)",
         highlight=False,
     )
 

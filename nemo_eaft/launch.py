@@ -1,7 +1,7 @@
 """Starting ranks, being a rank, and telling the launcher what went wrong in one.
 
 ``torchrun`` turns every failure of a child into exit code 1, so a rank that fails leaves ``error.json`` in
-``run.dir``; the first one wins, for the others mostly fail because a peer is gone.
+``run.dir``; the first one of a job wins, for the others mostly fail because a peer is gone.
 """
 
 from __future__ import annotations
@@ -36,6 +36,29 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | N
     if "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1:
         return int(environment["SLURM_PROCID"]), int(tasks)
     return None
+
+
+def job_identity(environment: Mapping[str, str] = os.environ) -> str:
+    """What all ranks of a job have in common and those of another job, or of the same one requeued, have not.
+
+    Empty where nothing tells jobs apart, which is so with a launcher other than ``torchrun`` and SLURM, and with
+    ``torchrun`` on several machines without ``--rdzv-id``.
+    """
+    parts = {name: environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")}
+    run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
+    if run_id != "none":  # torchrun's default, the same for every job
+        parts["TORCHELASTIC_RUN_ID"] = run_id
+    elif (file := environment.get("TORCHELASTIC_ERROR_FILE")) and (
+        environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
+    ):
+        # <new folder of this torchrun>/attempt_<n>/<local rank>/error.json
+        parts["TORCHELASTIC_ERROR_FILE"] = str(Path(file).parent.parent.parent)
+    return " ".join(f"{name}={value}" for name, value in parts.items() if value)
+
+
+def _attempt(environment: Mapping[str, str] = os.environ) -> str:
+    """The job and how often ``torchrun`` has restarted its ranks. Machines may count differently: only for errors."""
+    return f"{job_identity(environment)} restart={environment.get('TORCHELASTIC_RESTART_COUNT', '0')}".strip()
 
 
 def check_world(settings: Settings, ranks: int) -> None:
@@ -111,9 +134,7 @@ def _explain(path: Path, code: int) -> int:
     try:
         error = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        print(
-            f"nemo-eaft: a rank ended with exit code {code} and left no message; see above", file=sys.stderr
-        )
+        print(f"nemo-eaft: a rank ended with exit code {code} and left no message; see above", file=sys.stderr)
         return 1
     if error["kind"] == "input":
         print(f"nemo-eaft: rank {error['rank']}: {error['message']}", file=sys.stderr)
@@ -131,16 +152,16 @@ def is_users(error: BaseException) -> bool:
     last: TracebackType | None = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
-    return (
-        isinstance(error, ValueError)
-        and last is not None
-        and last.tb_frame.f_code.co_filename.startswith(_PACKAGE)
-    )
+    return isinstance(error, ValueError) and last is not None and last.tb_frame.f_code.co_filename.startswith(_PACKAGE)
 
 
 def write_error(run_dir: Path, rank: int, error: BaseException) -> None:
-    """Leave ``error.json``, unless another rank was first. Never raises: the error itself matters more."""
+    """Leave ``error.json``, unless another rank of this job was first; what an older job left is replaced.
+
+    Creates no ``run_dir``. Never raises: the error itself matters more.
+    """
     content: dict[str, Any] = {
+        "job": _attempt(),
         "rank": rank,
         "kind": "input" if is_users(error) else "failure",
         "message": f"{error}" if is_users(error) else f"{type(error).__name__}: {error}",
@@ -149,9 +170,28 @@ def write_error(run_dir: Path, rank: int, error: BaseException) -> None:
     }
     temporary = run_dir / f".{ERROR}.{rank}.{os.getpid()}"
     with suppress(OSError):
-        run_dir.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            _remove_stale(run_dir / ERROR, content["job"], temporary.with_suffix(".old"))
             os.link(temporary, run_dir / ERROR)  # fails if it exists: whole, and by one rank only
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path, job: str, aside: Path) -> None:
+    """Remove the error of another job. Several ranks may do so at once."""
+    if not path.exists() or _job_of(path) == job:
+        return
+    path.rename(aside)
+    try:
+        if _job_of(aside) == job:  # since the look at it, a rank of this job put its own there: that one stays
+            os.link(aside, path)
+    finally:
+        aside.unlink()
+
+
+def _job_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("job")
+    except (OSError, ValueError, AttributeError):
+        return None

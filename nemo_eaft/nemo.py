@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.lightning.pytorch.strategies import MegatronStrategy
 from nemo.utils import logging
 from nemo.utils.app_state import AppState
@@ -90,13 +91,16 @@ class EAFTCallback(Callback):
         if recorded is not None:
             recorded.calculate_per_token_loss = True
         ddp: Any = strategy.ddp_config
+        if stage == "fit" and not isinstance(ddp, DistributedDataParallelConfig):
+            raise ValueError(
+                "trainer.strategy: MegatronStrategy(ddp=...) must be 'megatron' or a DistributedDataParallelConfig; "
+                "no other DDP or FSDP divides the gradient by the tokens of the global batch"
+            )
         if getattr(ddp, "average_in_collective", False):
             ddp.average_in_collective = False
             changed.append("average_in_collective=False")
         if changed:
-            logging.info(
-                f"EAFT: set {', '.join(changed)}: the loss is divided by the tokens of the global batch"
-            )
+            logging.info(f"EAFT: set {', '.join(changed)}: the loss is divided by the tokens of the global batch")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to every chunk that owns a loss; all chunks exist now."""
@@ -133,9 +137,7 @@ class EAFTCallback(Callback):
 
     # --- one step
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start of an optimizer step."""
         self._step_started = time.perf_counter()
         if self._loss is not None:
@@ -154,16 +156,19 @@ class EAFTCallback(Callback):
         if not self._verified:
             self._check_called(step)
             self._verified = True
+        groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
+        self._learning_rate = float(groups[0]["lr"]) if groups else 0.0
         self._metrics = StepMetrics.from_sums(
             self._global_sums(step), step=trainer.global_step + 1 if trainer.is_global_zero else None
         )
         if not math.isfinite(self._metrics.loss):
+            # The owner of a run that diverged needs this line most.
+            self._record(trainer.global_step + 1, trainer.max_steps, self._metrics)
+            self._draw_report()
             raise RuntimeError(
                 f"step {trainer.global_step + 1}: the loss is {self._metrics.loss} (cross-entropy "
                 f"{self._metrics.cross_entropy}); stopped before the optimizer step"
             )
-        groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
-        self._learning_rate = float(groups[0]["lr"]) if groups else 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -171,21 +176,10 @@ class EAFTCallback(Callback):
         """Record the finished step."""
         metrics = self._metrics
         assert metrics is not None, "on_megatron_step_end did not run"
-        seconds = time.perf_counter() - self._step_started
-        rate = metrics.tokens / seconds
-        self._pace.add(seconds)
-        logged = metrics.as_dict() | {"tokens_per_second": rate}
-        for name, value in logged.items():
+        rate = self._record(trainer.global_step, trainer.max_steps, metrics)
+        for name, value in (metrics.as_dict() | {"tokens_per_second": rate}).items():
             in_bar = name in ("loss", "cross_entropy", "weight", "tokens_per_second")
             pl_module.log(f"eaft/{name}", float(value), prog_bar=in_bar, batch_size=1, sync_dist=False)
-        if self._file is not None:
-            step, last = trainer.global_step, trainer.max_steps
-            logging.info(
-                "EAFT " + format_progress(step, last, metrics, rate, self._pace.eta_seconds(step, last))
-            )
-            self._file.append_step(
-                step, metrics, tokens_per_second=rate, learning_rate=self._learning_rate, seconds=seconds
-            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plain cross-entropy per token of the whole validation, on every rank."""
@@ -202,17 +196,33 @@ class EAFTCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the report."""
-        if self._file is not None:
-            self._file.close()
-            assert self._run_dir is not None
-            title = (
-                "SFT (measured)"
-                if self.measure_only
-                else f"gate {self.config.gate}, alpha {self.config.alpha:g}"
-            )
-            write_report(self._file.path, self._run_dir / "report.png", title)
+        self._draw_report()
 
     # --- helpers
+
+    def _record(self, step: int, max_steps: int, metrics: StepMetrics) -> float:
+        """Write and log a step's line on global rank 0; returns tokens per second (a save in the step counts too)."""
+        seconds = time.perf_counter() - self._step_started
+        rate = metrics.tokens / seconds
+        self._pace.add(seconds)
+        if self._file is not None:
+            line = format_progress(step, max_steps, metrics, rate, self._pace.eta_seconds(step, max_steps))
+            logging.info(f"EAFT {line}")
+            self._file.append_step(
+                step, metrics, tokens_per_second=rate, learning_rate=self._learning_rate, seconds=seconds
+            )
+        return rate
+
+    def _draw_report(self) -> None:
+        if self._file is None:
+            return
+        assert self._run_dir is not None
+        title = "SFT (measured)" if self.measure_only else f"gate {self.config.gate}, alpha {self.config.alpha:g}"
+        try:
+            write_report(self._file.path, self._run_dir / "report.png", title)
+        except Exception as error:
+            # A picture must not keep the other ranks waiting for the last checkpoint.
+            logging.error(f"EAFT: report.png could not be drawn from {self._file.path}: {error}")
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         vocab_size = self._vocab_size or true_vocab_size(pl_module)
@@ -250,13 +260,9 @@ def true_vocab_size(pl_module: LightningModule) -> int:
         ValueError: neither the model's configuration nor its tokenizer tells.
     """
     model: Any = pl_module
-    size = getattr(model.config, "vocab_size", None) or getattr(
-        getattr(model, "tokenizer", None), "vocab_size", None
-    )
+    size = getattr(model.config, "vocab_size", None) or getattr(getattr(model, "tokenizer", None), "vocab_size", None)
     if size is None:
-        raise ValueError(
-            "vocab_size: the model has neither config.vocab_size nor a tokenizer; pass vocab_size="
-        )
+        raise ValueError("vocab_size: the model has neither config.vocab_size nor a tokenizer; pass vocab_size=")
     return int(size)
 
 
@@ -285,6 +291,8 @@ def _check_gradient_scale(chunk: Any) -> None:
             "calculate_per_token_loss is False on a model chunk; EAFT's gradient would depend on the cut"
         )
     ddp = chunk.module
+    if getattr(getattr(ddp, "ddp_config", None), "average_in_collective", False):
+        raise RuntimeError("average_in_collective is True on a model chunk: gradients would be averaged over its replicas")
     for buffer in [*getattr(ddp, "buffers", []), *getattr(ddp, "expert_parallel_buffers", [])]:
         scale = getattr(buffer, "gradient_scaling_factor", 1.0)
         if scale != 1.0:

@@ -1,25 +1,36 @@
 """Everything that must hold before a rank starts to train: checked, then made.
 
-One process (the launcher, or rank 0 of a job) calls :func:`make_ready`; every other rank calls
-:func:`wait_ready`. Both look at the same files, so a second run finds the first one's work done, and no rank
-believes what an older job left."""
+One process (the launcher, or rank 0 of a job) calls :func:`make_ready` and, at its end, leaves ``ready.json`` in
+``run.dir``; every other rank calls :func:`wait_ready`, which believes that file alone. It bears the identity of the
+job, so what an older one left is not taken for this one's.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_eaft import compose
+from nemo_eaft.atomic import replacing
 from nemo_eaft.convert import MANIFEST, hf_folder, run_in_own_process
 from nemo_eaft.data import prepare
-from nemo_eaft.data.prepare import find_prepared
+from nemo_eaft.data.prepare import PreparedData, is_prepared
 from nemo_eaft.hf_model import check_model, home, imported_folder
+from nemo_eaft.launch import job_identity
 from nemo_eaft.settings import Settings
 
 CONFIG = "config.yaml"
 """File in ``run.dir`` with every setting of the run."""
+
+READY = "ready.json"
+"""File in ``run.dir`` that :func:`make_ready` leaves: a :class:`Ready`, and the job it was made in."""
+
+PATIENCE = "NEMO_EAFT_WAIT_SECONDS"
+"""Environment variable: how long a rank waits for rank 0 to read the rows and convert the model. Default: one hour."""
 
 MAY_DIFFER = (
     "run.resume",
@@ -31,9 +42,18 @@ MAY_DIFFER = (
 )
 """Settings that may change when a run goes on: none of them touches a number."""
 
-_PATIENCE = (
-    6 * 3600.0
-)  # seconds; converting a large model and reading its rows takes long, a dead rank 0 ends the job
+_PATIENCE = 3600.0  # seconds
+_SAY_EVERY = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the ranks of a job need to know before they train."""
+
+    checkpoint: Path
+    """Folder of the converted checkpoint."""
+    finished: bool
+    """Whether the run's last step was done before."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +75,9 @@ def open_model(settings: Settings) -> Model:
 
     model = settings.model
     if Path(model.hf).is_absolute() and not Path(model.hf).is_dir():
-        hint = (
-            " (python -m nemo_eaft.demo_data writes it)" if Path(model.hf).parent == home() / "demo" else ""
-        )
+        hint = " (python -m nemo_eaft.demo_data writes it)" if Path(model.hf).parent == home() / "demo" else ""
         raise ValueError(f"model.hf={model.hf}: no such folder{hint}")
-    folder = hf_folder(model.hf, model.trust_remote_code)
+    folder = hf_folder(model.hf)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -68,55 +86,104 @@ def open_model(settings: Settings) -> Model:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # tokenizers raise their own, unrelated types for files they cannot read
-        raise ValueError(
-            f"model.tokenizer={model.tokenizer or model.hf}: no tokenizer to be read: {error}"
-        ) from error
+        raise ValueError(f"model.tokenizer={model.tokenizer or model.hf}: no tokenizer to be read: {error}") from error
     check_model(settings, config, tokenizer)
     return Model(folder, config, tokenizer)
 
 
-def make_ready(settings: Settings) -> Path:
-    """Check everything, then write rows, converted checkpoint and ``config.yaml``, as far as they are not
-    there.
-
-    Returns:
-        The folder of the converted checkpoint.
+def make_ready(settings: Settings) -> Ready:
+    """Check everything, then write rows, converted checkpoint, ``config.yaml`` and ``ready.json``, as far as they are
+    not there.
 
     Raises:
         ValueError: what the user can put right. Nothing was written into ``run.dir`` then.
     """
     check_machine(settings)
     check_run_dir(settings)
+    run_dir = Path(settings.run.dir)
+    (run_dir / READY).unlink(missing_ok=True)
     model = open_model(settings)
+    prepare_rows(settings, model)
+    checkpoint = import_model(settings, model)
+    compose.save(settings, run_dir / CONFIG)
+    ready = Ready(checkpoint.absolute(), is_finished(settings))
+    with replacing(run_dir / READY) as temporary:
+        content = asdict(ready) | {"checkpoint": str(ready.checkpoint), "job": job_identity()}
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return ready
+
+
+def prepare_rows(settings: Settings, model: Model) -> PreparedData:
+    """Write the rows of the run unless that was done before, and print how many there are.
+
+    Raises:
+        ValueError: rows or tokenizer cannot be used.
+    """
     prepared = prepare(settings, model.tokenizer)
     rows = f"{prepared.train_rows} training rows with {prepared.train_answer_tokens} answer tokens"
     if prepared.validation_rows:
         rows += f", {prepared.validation_rows} validation rows"
     print(f"data: {rows}", flush=True)
-    checkpoint = import_model(settings, model)
-    compose.save(settings, Path(settings.run.dir) / CONFIG)
-    return checkpoint
+    return prepared
 
 
-def wait_ready(settings: Settings) -> Path:
-    """Wait until another process has done :func:`make_ready` for these very settings, sources and model.
+def wait_ready(settings: Settings) -> Ready:
+    """Wait until rank 0 of this job has done :func:`make_ready` for these very settings, and its files are seen here.
 
-    Returns:
-        The folder of the converted checkpoint.
+    Every minute a line says what is waited for.
 
     Raises:
-        ValueError: the settings are wrong, as in the process waited for.
-        TimeoutError: it took longer than six hours.
+        ValueError: this machine lacks the backend, or ``NEMO_EAFT_WAIT_SECONDS`` is no number.
+        TimeoutError: it took longer than ``NEMO_EAFT_WAIT_SECONDS``; what was missing is named.
     """
     check_machine(settings)
-    model = open_model(settings)
-    checkpoint = imported_folder(settings.model, model.folder)
-    deadline = time.monotonic() + _PATIENCE
-    while not (_holds(settings) and find_prepared(settings, model.tokenizer) and is_checkpoint(checkpoint)):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"rank 0 did not finish preparing {settings.run.dir} within six hours")
+    started, patience = time.monotonic(), _patience()
+    said = started
+    while True:
+        ready = read_ready(Path(settings.run.dir), job_identity())
+        missing = _missing(settings, ready)
+        if ready is not None and not missing:
+            return ready
+        now = time.monotonic()
+        if now - started > patience:
+            raise TimeoutError(f"waited {patience:.0f} s for {missing}; {PATIENCE} is how long to wait, in seconds")
+        if now - said >= _SAY_EVERY:
+            print(f"waiting for {missing}, {now - started:.0f} s so far", flush=True)
+            said = now
         time.sleep(1.0)
-    return checkpoint
+
+
+def _patience() -> float:
+    text = os.environ.get(PATIENCE, str(_PATIENCE))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0.0 <= seconds < float("inf"):
+        raise ValueError(f"{PATIENCE}={text} must be a number of seconds, 0 or more")
+    return seconds
+
+
+def _missing(settings: Settings, ready: Ready | None) -> str:
+    """What a rank still waits for, in words; empty if nothing is missing."""
+    run_dir = Path(settings.run.dir)
+    if ready is None:
+        return f"rank 0 to make {run_dir} ready"
+    if not _holds(settings):
+        return f"the settings of rank 0 in {run_dir / CONFIG}, which are not those of this rank"
+    if not is_prepared(run_dir / "data"):
+        return f"the rows in {run_dir / 'data'}"
+    return "" if is_checkpoint(ready.checkpoint) else f"the converted checkpoint {ready.checkpoint}"
+
+
+def read_ready(run_dir: Path, job: str | None = None) -> Ready | None:
+    """What :func:`make_ready` left in ``run_dir``: in the job of that identity, or with None in any; else None."""
+    try:
+        content = json.loads((run_dir / READY).read_text(encoding="utf-8"))
+        ready = Ready(Path(content["checkpoint"]), content["finished"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return ready if job is None or content.get("job") == job else None
 
 
 def _holds(settings: Settings) -> bool:
@@ -192,13 +259,10 @@ def check_run_dir(settings: Settings) -> None:
                 f"back to its settings:\n  {listed}"
             )
     elif checkpoints:
-        raise ValueError(
-            f"run.dir={folder} holds checkpoints but no {CONFIG}: it is not known what they belong to"
-        )
+        raise ValueError(f"run.dir={folder} holds checkpoints but no {CONFIG}: it is not known what they belong to")
     if checkpoints and not settings.run.resume:
         raise ValueError(
-            f"run.resume=false, but run.dir={folder} holds checkpoints: choose another run.dir, or "
-            f"run.resume=true"
+            f"run.resume=false, but run.dir={folder} holds checkpoints: choose another run.dir, or run.resume=true"
         )
 
 

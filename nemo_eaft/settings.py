@@ -1,8 +1,9 @@
-"""What a run is: every setting with its type, unit, default and allowed range, and the checks between them.
+"""What a run is: every setting with its type, unit, default and allowed range.
 
-``conf/`` holds values, :mod:`nemo_eaft.compose` turns files and command-line overrides into one
-:class:`Settings`, and this file alone decides what is allowed. It imports nothing heavy, so a wrong setting
-is found in a fraction of a second.
+``conf/`` holds values, :mod:`nemo_eaft.compose` turns files and command-line overrides into one :class:`Settings`, and
+this file decides what is allowed, with :mod:`nemo_eaft.settings_checks` for what settings ask of each other and
+:class:`nemo_eaft.config.EAFTConfig` for the loss. Nothing heavy is imported, so a wrong setting is found in a fraction
+of a second.
 
 Every error is a ``ValueError`` that names the full key (``parallel.tensor``), the value and what is allowed.
 """
@@ -14,7 +15,11 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-Gate = Literal["eaft", "none", "dft", "mask", "sigmoid", "stock"]
+from nemo_eaft import config
+from nemo_eaft.config import EAFTConfig
+from nemo_eaft.settings_checks import check_together
+
+Gate = Literal[config.Gate, "stock"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,22 +79,18 @@ class DataSettings:
         _at_least("data.packed_size", self.packed_size, 2)
         _at_least("data.num_workers", self.num_workers, 0)
         template = self.prompt_template
-        if (
-            template.count("{input}") != 1
-            or template.count("{output}") != 1
-            or not template.endswith("{output}")
-        ):
+        if template.count("{input}") != 1 or template.count("{output}") != 1 or not template.endswith("{output}"):
             raise ValueError(
                 f"data.prompt_template={template!r} must hold {{input}} and {{output}} once each and end "
                 f"with {{output}}"
             )
         if self.packed_size is not None and not self.packed:
-            warnings.warn("data.packed_size has no effect while data.packed=false", stacklevel=2)
+            _warn("data.packed_size has no effect while data.packed=false")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """What is done to the cross-entropy of each token."""
+    """What is done to the cross-entropy of each token. What is allowed is decided by :class:`EAFTConfig`."""
 
     gate: Gate = "eaft"
     """``eaft``: weight by entropy. ``dft``, ``mask``, ``sigmoid``: other weights. ``none``: weight 1 on our
@@ -114,18 +115,31 @@ class LossSettings:
     and ``auto`` means ``false``."""
 
     def __post_init__(self) -> None:
-        _finite("loss.alpha", self.alpha, 0.0)
-        _at_least("loss.top_k", self.top_k, 2)
-        if self.normalizer is not None and not (math.isfinite(self.normalizer) and self.normalizer > 0):
-            raise ValueError(f"loss.normalizer={self.normalizer} must be null or a number above 0")
-        _finite("loss.gate_slope", self.gate_slope, 0.0)
-        _finite("loss.gate_centre", self.gate_centre, 0.0, 1.0)
-        _finite("loss.conflict_probability", self.conflict_probability, 0.0, 1.0)
-        _finite("loss.conflict_entropy", self.conflict_entropy, 0.0)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                self._config()
+            except ValueError as error:
+                raise ValueError(f"loss.{error}") from error
+        for warning in said:
+            # `stock` is no gate of EAFTConfig, but the name that the user gave.
+            text = str(warning.message).replace("gate='none'", f"gate={self.gate!r}")
+            _warn(f"loss.{text}")
         if self.fused_linear is True:
             raise ValueError(
                 "loss.fused_linear=true: the fused output layer is not in this version; allowed are false and auto"
             )
+
+    def eaft_config(self) -> EAFTConfig:
+        """These settings for the loss; ``stock`` measures with weight 1. What has no effect was said before, once."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return self._config()
+
+    def _config(self) -> EAFTConfig:
+        known = {entry.name for entry in fields(EAFTConfig)}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name in known}
+        return EAFTConfig(**values | {"gate": "none" if self.gate == "stock" else self.gate})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +165,7 @@ class ParallelSettings:
         _at_least("parallel.virtual_pipeline", self.virtual_pipeline, 2)
         if self.virtual_pipeline is not None and self.pipeline == 1:
             raise ValueError(
-                f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of 2 or more, "
-                f"got 1"
+                f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of 2 or more, got 1"
             )
         if self.sequence and self.tensor == 1:
             raise ValueError("parallel.sequence=true needs parallel.tensor of 2 or more, got 1")
@@ -277,7 +290,7 @@ class Settings:
     run: RunSettings
 
     def __post_init__(self) -> None:
-        validate(self)
+        check_together(self)
 
     @property
     def world_size(self) -> int:
@@ -294,105 +307,21 @@ class Settings:
         """Micro-batches of one data-parallel rank in one optimizer step."""
         return self.trainer.global_batch_size // (self.trainer.micro_batch_size * self.data_parallel)
 
+    @property
+    def sequence_unit(self) -> int:
+        """Tokens of which the length of every batch must be a multiple.
 
-def validate(settings: Settings) -> None:
-    """Check what no single group can check alone.
-
-    Raises:
-        ValueError: naming the key, its value and what is allowed. The rules are those of NeMo 2.7.3
-            (``nemo/collections/llm/api.py``, ``_validate_config``) and megatron-core 0.15.3
-            (``model_parallel_config.py``, ``pipeline_parallel/schedules.py``), found before any process
-            starts.
-    """
-    parallel, trainer, data = settings.parallel, settings.trainer, settings.data
-    world = settings.world_size
-    if world % parallel.model_ranks:
-        raise ValueError(
-            f"trainer.num_nodes={trainer.num_nodes} x trainer.gpus_per_node={trainer.gpus_per_node} = "
-            f"{world} ranks must be a "
-            f"multiple of parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
-            f"parallel.context={parallel.context} = {parallel.model_ranks}"
-        )
-    per_pass = trainer.micro_batch_size * settings.data_parallel
-    if trainer.global_batch_size % per_pass:
-        raise ValueError(
-            f"trainer.global_batch_size={trainer.global_batch_size} must be a multiple of "
-            f"trainer.micro_batch_size="
-            f"{trainer.micro_batch_size} x {settings.data_parallel} data-parallel ranks = {per_pass}"
-        )
-    if parallel.virtual_pipeline is not None and settings.num_micro_batches % parallel.pipeline:
-        raise ValueError(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs a number of micro-batches per step "
-            f"that is a multiple of parallel.pipeline={parallel.pipeline}, but "
-            f"trainer.global_batch_size={trainer.global_batch_size} gives {settings.num_micro_batches}"
-        )
-    if (world // (parallel.tensor * parallel.pipeline)) % parallel.expert:
-        raise ValueError(
-            f"parallel.expert={parallel.expert} must divide the "
-            f"{world // (parallel.tensor * parallel.pipeline)} ranks that "
-            f"parallel.tensor={parallel.tensor} and parallel.pipeline={parallel.pipeline} leave"
-        )
-    if parallel.expert > 1 and parallel.tensor > 1 and not parallel.sequence:
-        raise ValueError(
-            f"parallel.expert={parallel.expert} with parallel.tensor={parallel.tensor} needs "
-            f"parallel.sequence=true"
-        )
-    # NeMo pads a batch to a multiple of 16 but never beyond seq_length, so a batch may be exactly seq_length
-    # long.
-    unit = math.lcm(
-        parallel.tensor if parallel.sequence else 1, 2 * parallel.context if parallel.context > 1 else 1
-    )
-    for key, length in (("trainer.seq_length", trainer.seq_length), ("data.packed_size", data.packed_size)):
-        if length is not None and length % unit:
-            raise ValueError(
-                f"{key}={length} must be a multiple of {unit} with "
-                f"parallel.sequence={str(parallel.sequence).lower()}, "
-                f"parallel.tensor={parallel.tensor}, parallel.context={parallel.context}"
-            )
-    if settings.run.backend == "cpu" and parallel.context > 1:
-        raise ValueError(
-            f"parallel.context={parallel.context} with run.backend=cpu: Megatron-Core's own attention has no context "
-            f"parallelism, Transformer Engine's needs a GPU; allowed is 1"
-        )
-    if data.packed:
-        _validate_packed(settings)
-    if data.validation is None and trainer.val_every not in (0, TrainerSettings.val_every):
-        warnings.warn(
-            f"trainer.val_every={trainer.val_every} has no effect without data.validation", stacklevel=3
-        )
-    if settings.loss.gate in ("none", "stock", "dft") and settings.loss.alpha != LossSettings.alpha:
-        warnings.warn(
-            f"loss.alpha={settings.loss.alpha} has no effect with loss.gate={settings.loss.gate}",
-            stacklevel=3,
-        )
-
-
-def _validate_packed(settings: Settings) -> None:
-    trainer, data = settings.trainer, settings.data
-    if trainer.micro_batch_size != 1:
-        raise ValueError(
-            f"data.packed=true needs trainer.micro_batch_size=1, got {trainer.micro_batch_size}: a packed "
-            f"sequence is a "
-            f"micro-batch already (lower trainer.global_batch_size and raise data.packed_size instead)"
-        )
-    if settings.parallel.context > 1:
-        raise ValueError(
-            f"data.packed=true with parallel.context={settings.parallel.context} is refused: NeMo 2.7.3 "
-            f"would slice the row boundaries (cu_seqlens) like tokens and let rows attend to each other. Use "
-            f"parallel.context=1 or data.packed=false"
-        )
-    if data.packed_size is not None and data.packed_size < trainer.seq_length:
-        raise ValueError(
-            f"data.packed_size={data.packed_size} must be at least trainer.seq_length={trainer.seq_length}, "
-            f"or the longest rows would fit into no pack"
-        )
+        Context parallelism cuts a sequence into two pieces per rank, and sequence parallelism cuts what a context rank
+        then holds into one piece per tensor-parallel rank.
+        """
+        tensor = self.parallel.tensor if self.parallel.sequence else 1
+        context = self.parallel.context
+        return context * math.lcm(tensor, 2) if context > 1 else tensor
 
 
 def known_keys() -> list[str]:
     """Every full key, ``group.name``, in the order of the files."""
-    return [
-        f"{group.name}.{entry.name}" for group in fields(Settings) for entry in fields(_GROUPS[group.name])
-    ]
+    return [f"{group.name}.{entry.name}" for group in fields(Settings) for entry in fields(_GROUPS[group.name])]
 
 
 _GROUPS: dict[str, Any] = {
@@ -405,12 +334,17 @@ _GROUPS: dict[str, Any] = {
 }
 
 
+def _warn(message: str) -> None:
+    # At this line, and not in a caller: above a dataclass stands code that was generated and has no file, and the
+    # command line shows a warning of this package in one line.
+    warnings.warn(message, stacklevel=1)
+
+
 def _at_least(key: str, value: int | None, least: int, more: str = "") -> None:
     if value is not None and value < least:
         raise ValueError(f"{key}={value} must be {least} or more{more}")
 
 
-def _finite(key: str, value: float, least: float, most: float = math.inf) -> None:
-    if not (math.isfinite(value) and least <= value <= most):
-        upper = "" if most == math.inf else f" and at most {most}"
-        raise ValueError(f"{key}={value} must be a finite number of at least {least}{upper}")
+def _finite(key: str, value: float, least: float) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{key}={value} must be a finite number of at least {least}")

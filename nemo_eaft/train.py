@@ -7,6 +7,7 @@ NeMo's data module, optimizer, strategy, logger, checkpoints and resume, and the
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eaft.config import EAFTConfig
+from nemo_eaft.convert import MANIFEST
+from nemo_eaft.ready import checkpoints_in
 from nemo_eaft.settings import Settings
 
 
@@ -43,31 +46,54 @@ def run_training(settings: Settings, checkpoint: Path) -> None:
         # Ranks share the cores: more threads than that wait for each other.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.trainer.gpus_per_node))
 
-    import nemo.lightning as nl
     from nemo.collections import llm
 
     from nemo_eaft.nemo import EAFTCallback
+    from nemo_eaft.resume import KeepDataOrder
 
     run_dir = Path(settings.run.dir)
     model = build_model(settings, checkpoint)
     trainer = build_trainer(settings)
+    trainer.callbacks.append(KeepDataOrder())
     trainer.callbacks.append(
-        EAFTCallback(eaft_config(settings), run_dir=run_dir, measure_only=settings.loss.gate == "stock")
+        EAFTCallback(
+            eaft_config(settings),
+            run_dir=run_dir,
+            vocab_size=imported_vocab_size(checkpoint),
+            measure_only=settings.loss.gate == "stock",
+        )
     )
     llm.finetune(
         model=model,
         data=build_data(settings, model.tokenizer, run_dir),
         trainer=trainer,
         log=build_logger(settings, run_dir),
-        resume=nl.AutoResume(
-            resume_if_exists=settings.run.resume,
-            # NeMo would look below its log folder and, finding nothing, start anew.
-            resume_from_directory=str(run_dir / "checkpoints"),
-            resume_ignore_no_checkpoint=True,
-            restore_config=nl.RestoreConfig(path=str(checkpoint)),
-        ),
+        resume=build_resume(settings, run_dir, checkpoint),
         optim=build_optimizer(settings),
         tokenizer="model",
+    )
+
+
+def imported_vocab_size(checkpoint: Path) -> int | None:
+    """The Hugging Face model's vocabulary size; None for a checkpoint that was not imported by `nemo-eaft import`."""
+    manifest = checkpoint / MANIFEST
+    return int(json.loads(manifest.read_text())["vocab_size"]) if manifest.is_file() else None
+
+
+def build_resume(settings: Settings, run_dir: Path, checkpoint: Path) -> Any:
+    """NeMo's AutoResume: the run's newest complete checkpoint if there is one, else the imported weights.
+
+    The checkpoint is named, not searched for: NeMo's search takes `*-last` alone and starts anew where it finds none.
+    """
+    import nemo.lightning as nl
+
+    there = checkpoints_in(run_dir) if settings.run.resume else []
+    if there:
+        return nl.AutoResume(resume_if_exists=True, resume_from_path=str(there[-1]))
+    return nl.AutoResume(
+        resume_if_exists=False,
+        resume_ignore_no_checkpoint=True,
+        restore_config=nl.RestoreConfig(path=str(checkpoint)),
     )
 
 
@@ -197,6 +223,8 @@ def build_trainer(settings: Settings) -> Any:
         plugins=plugins,
         max_steps=trainer.max_steps,
         val_check_interval=min(trainer.val_every, trainer.max_steps) if validate else None,
+        # Validation is timed by steps of the run, not of the epoch, which starts anew with a resume.
+        check_val_every_n_epoch=None if validate else 1,
         limit_val_batches=trainer.val_batches if validate else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=trainer.log_every,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from nemo_eaft import cli, launch, ready
 from nemo_eaft.compose import compose, save
 from nemo_eaft.convert import MANIFEST
+from nemo_eaft.hf_model import imported_folder
 from nemo_eaft.settings import known_keys
 from tests.data.support import chat, make_tokenizer, write_jsonl
 
@@ -42,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "trainer: {max_steps: 2, gpus_per_node: 2, global_batch_size: 4, seq_length: 64}\n"
         f"run: {{dir: '{tmp_path}/run', backend: cpu}}\n"
     )
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -212,19 +214,35 @@ def test_under_torchrun_it_joins(
         assert cli.run_rank([conf]) == 0
     assert trained == [home / "imported"] * 2
 
-    monkeypatch.setenv("WORLD_SIZE", "3")
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_refused_rank_leaves_another_runs_folder_alone(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    conf = str(home / "own.yaml")
+    for name, value in (("RANK", rank), ("WORLD_SIZE", "3"), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, value)
     code, _, err = run(capsys, "train", conf)
     assert code == 2
     assert "2 ranks, but the job was started with 3" in err
-    assert json.loads((home / "run" / "error.json").read_text())["kind"] == "input"
+    assert not (home / "run").exists()
+    ready.make_ready(compose(conf))
+    before = {path.name: path.stat().st_mtime_ns for path in (home / "run").iterdir()}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run(capsys, "train", conf, "loss.alpha=0.5")
+    assert code == 2
+    assert "holds a run with another configuration" in err
+    assert {path.name: path.stat().st_mtime_ns for path in (home / "run").iterdir()} == before
 
 
-def test_a_rank_waits_until_the_rows_are_those_of_now(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_waits_for_rank_0_of_its_own_job(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an older job left behind in the folder is not taken for the work of this one's rank 0."""
     settings = compose(str(home / "own.yaml"))
-    ready.make_ready(settings)
-    rows = [{"messages": chat("Question?", "Another answer.")}] * 4
-    write_jsonl(home / "train.jsonl", rows)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    made = ready.make_ready(settings)
+    assert made == ready.wait_ready(settings) == ready.Ready(home / "imported", finished=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    make_checkpoint(home / "run" / "checkpoints" / "step=1")
     waits: list[float] = []
 
     def rank_0_at_work(seconds: float) -> None:
@@ -232,8 +250,97 @@ def test_a_rank_waits_until_the_rows_are_those_of_now(home: Path, monkeypatch: p
         ready.make_ready(settings)
 
     monkeypatch.setattr("nemo_eaft.ready.time.sleep", rank_0_at_work)
-    assert ready.wait_ready(settings) == home / "imported"
+    # The model's files look another way from this machine: it is rank 0 that names the checkpoint.
+    os.utime(home / "model" / "config.json", (1, 1))
+    assert ready.wait_ready(settings) == ready.Ready(home / "imported", finished=True)
     assert len(waits) == 1
+
+
+@pytest.mark.parametrize(
+    "absent, named",
+    [
+        ("run/ready.json", "rank 0 to make {0}/run ready"),
+        ("run/config.yaml", "the settings of rank 0 in {0}/run/config.yaml"),
+        ("run/data/training.jsonl", "the rows in {0}/run/data"),
+        ("imported/" + MANIFEST, "the converted checkpoint {0}/imported"),
+    ],
+)
+def test_waiting_says_for_what_and_ends(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], absent: str, named: str
+) -> None:
+    settings = compose(str(home / "own.yaml"))
+    ready.make_ready(settings)
+    (home / absent).unlink()
+    capsys.readouterr()
+    clock = [0.0]
+    monkeypatch.setattr("nemo_eaft.ready.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("nemo_eaft.ready.time.sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setenv(ready.PATIENCE, "200")
+    with pytest.raises(TimeoutError, match="waited 200 s for"):
+        ready.wait_ready(settings)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("waiting for " + named.format(home))
+    assert lines[0].endswith("60 s so far")
+    monkeypatch.setenv(ready.PATIENCE, "soon")
+    with pytest.raises(ValueError, match="NEMO_EAFT_WAIT_SECONDS=soon must be a number of seconds"):
+        ready.wait_ready(settings)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_finished_run_trains_on_no_rank(home: Path, monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
+    from nemo_eaft import train
+
+    settings = compose(str(home / "own.yaml"))
+    save(settings, home / "run" / "config.yaml")
+    checkpoint = make_checkpoint(home / "run" / "checkpoints" / "step=1")
+    ready.make_ready(settings)
+    if rank == "1":  # what it sees itself does not count
+        checkpoint.rename(checkpoint.with_name("step=0"))
+    monkeypatch.setattr(train, "run_training", lambda *_: pytest.fail("all steps are done"))
+    for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, value)
+    assert cli.run_rank([str(home / "own.yaml")]) == 0
+
+
+def test_import_prepares_the_rows_when_asked(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conf = str(home / "own.yaml")
+    # A login node has not the GPUs of the run.
+    code, out, _ = run(capsys, "import", conf, "run.backend=cuda", "trainer.gpus_per_node=4")
+    assert (code, out) == (0, f"{home}/imported\n")
+    assert not (home / "run").exists()
+    code, out, _ = run(capsys, "import", "--data", conf, "run.backend=cuda", "trainer.gpus_per_node=4")
+    assert code == 0
+    assert out.splitlines()[0].startswith("data: 4 training rows")
+    assert out.splitlines()[-1] == f"{home}/imported"
+    assert os.listdir(home / "run") == ["data"]
+    # The run itself finds them.
+    before = (home / "run" / "data" / "prepared.json").stat().st_mtime_ns
+    ready.make_ready(compose(conf, ["trainer.gpus_per_node=4"]))
+    assert (home / "run" / "data" / "prepared.json").stat().st_mtime_ns == before
+    code, _, err = run(capsys, "import", "--data", conf, "loss.alpha=0.5")
+    assert code == 2
+    assert "holds a run with another configuration" in err
+
+
+def test_a_warning_is_one_line() -> None:
+    """In a process of its own: pytest records warnings instead of showing them."""
+    words = [
+        "import",
+        "qwen3-0.6b",
+        "data.train=nowhere.jsonl",
+        "loss.gate=stock",
+        "loss.alpha=0.25",
+        "model.hf=/nowhere",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_eaft.cli", *words], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    said = [line for line in done.stderr.splitlines() if "no effect" in line]
+    assert said == [
+        "nemo-eaft: warning: loss.alpha=0.25 has no effect: gate='stock' does not read it, only gate='eaft' does"
+    ]
+    assert "warnings.warn" not in done.stderr
 
 
 def test_a_failure_in_training_leaves_the_cause(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,9 +364,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], str]]:
     from nemo_eaft import convert
 
     calls: list[tuple[list[str], str]] = []
-    monkeypatch.setattr(
-        convert, "run_in_own_process", lambda arguments, backend: calls.append((arguments, backend))
-    )
+    monkeypatch.setattr(convert, "run_in_own_process", lambda arguments, backend: calls.append((arguments, backend)))
     return calls
 
 
@@ -283,6 +388,41 @@ def test_export_takes_the_newest_checkpoint_of_a_run(
     assert converted[1][0][1].endswith("step=9")
 
 
+def test_export_needs_nothing_but_the_checkpoint(
+    home: Path, converted: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own copy of the configuration comes first: no run.dir, no model, no hub, from any folder."""
+    checkpoint = make_checkpoint(home / "moved" / "step=9")
+    (checkpoint / "context" / "hf").mkdir()
+    (checkpoint / "context" / "hf" / "config.json").write_text("{}")
+    monkeypatch.chdir(home / "moved")
+    assert run(capsys, "export", "step=9", "out", "--backend", "cpu")[0] == 0
+    assert converted == [(["to-hf", str(checkpoint), "out", "step=9/context/hf"], "cpu")]
+
+
+def test_export_after_the_model_has_changed(
+    home: Path,
+    started: list[list[str]],
+    converted: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The import is the one that the run was made with, which it remembers, and not the one of the model now."""
+    monkeypatch.setenv("NEMO_EAFT_HOME", str(home / "cache"))
+    conf = home / "own.yaml"
+    conf.write_text(conf.read_text().replace(f", imported: '{home}/imported'", ""))
+    made = imported_folder(compose(str(conf)).model, home / "model")
+    (made / "hf").mkdir(parents=True)
+    (made / MANIFEST).write_text("{}")
+    (made / "hf" / "config.json").write_text("{}")
+    assert run(capsys, "train", str(conf))[0] == 0
+    make_checkpoint(home / "run" / "checkpoints" / "step=1")
+    shutil.rmtree(home / "model")
+    code, _, err = run(capsys, "export", str(home / "run"), str(home / "out"))
+    assert code == 0, err
+    assert converted[0][0][-1] == str(made / "hf")
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -303,9 +443,7 @@ def test_export_of_nothing(
     assert not (home / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["trian"], ["train"], ["train", "demo", "--fast"], ["export", "x"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", "demo", "--fast"], ["export", "x"]])
 def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
@@ -328,8 +466,6 @@ def test_as_a_program() -> None:
     assert "Traceback" not in wrong.stderr
     code = "import sys; from nemo_eaft import cli\ntry: cli.main(['--help'])\nfinally:\n"
     code += "    assert not {'nemo', 'megatron', 'transformers', 'hydra'} & set(sys.modules), 'help is slow'"
-    helped = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
+    helped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert helped.returncode == 0, helped.stderr
     assert {"import", "train", "export"} <= set(helped.stdout.split())

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from nemo_eaft import launch
 from nemo_eaft.compose import from_mapping
-from nemo_eaft.launch import ERROR, check_world, is_users, launched, run_local, write_error
+from nemo_eaft.launch import ERROR, check_world, is_users, job_identity, launched, run_local, write_error
 from nemo_eaft.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -62,9 +63,7 @@ def test_where_a_process_stands(environment: dict[str, str], place: tuple[int, i
 
 def test_a_job_of_another_size_is_refused(tmp_path: Path) -> None:
     check_world(settings(tmp_path, 2, nodes=2), 4)
-    with pytest.raises(
-        ValueError, match=r"trainer.num_nodes=2 x trainer.gpus_per_node=2 = 4 ranks, but .* with 3"
-    ):
+    with pytest.raises(ValueError, match=r"trainer.num_nodes=2 x trainer.gpus_per_node=2 = 4 ranks, but .* with 3"):
         check_world(settings(tmp_path, 2, nodes=2), 3)
 
 
@@ -89,6 +88,7 @@ def test_only_what_this_package_raised_is_the_users(tmp_path: Path) -> None:
 
 
 def test_the_first_error_is_kept_whole(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     write_error(tmp_path / "run", 2, caught(lambda: check_world(settings(tmp_path), 3)))
     write_error(tmp_path / "run", 0, caught(lambda: 1 / 0))
     [name] = os.listdir(tmp_path / "run")
@@ -96,6 +96,69 @@ def test_the_first_error_is_kept_whole(tmp_path: Path) -> None:
     assert (name, error["rank"], error["kind"]) == (ERROR, 2, "input")
     assert error["message"].startswith("trainer.num_nodes=1")
     assert "check_world" in error["traceback"]
+
+
+@pytest.mark.parametrize(
+    "variable, value",
+    [
+        ("TORCHELASTIC_RUN_ID", "b"),
+        ("TORCHELASTIC_RESTART_COUNT", "1"),
+        ("SLURM_JOB_ID", "8"),
+        ("SLURM_RESTART_COUNT", "1"),
+    ],
+)
+def test_an_older_jobs_error_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for name, of_first in (("TORCHELASTIC_RUN_ID", "a"), ("TORCHELASTIC_RESTART_COUNT", "0"), ("SLURM_JOB_ID", "7")):
+        monkeypatch.setenv(name, of_first)
+    (run_dir / ERROR).write_text("{ what an older version left")
+    for rank in (3, 4):
+        write_error(run_dir, rank, caught(lambda: 1 / 0))
+        assert json.loads((run_dir / ERROR).read_text())["rank"] == 3
+    monkeypatch.setenv(variable, value)
+    for rank in (1, 2):
+        write_error(run_dir, rank, caught(lambda: 1 / 0))
+        assert json.loads((run_dir / ERROR).read_text())["rank"] == 1
+    assert os.listdir(run_dir) == [ERROR]
+
+
+def test_an_error_put_there_while_an_old_one_is_removed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at an old file and its removal, another rank of the job removed it and left its own."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    write_error(tmp_path, 5, caught(lambda: 1 / 0))
+    looks = iter(["an older job"])
+    real = launch._job_of
+    monkeypatch.setattr(launch, "_job_of", lambda path: next(looks, None) or real(path))
+    write_error(tmp_path, 6, caught(lambda: 1 / 0))
+    assert json.loads((tmp_path / ERROR).read_text())["rank"] == 5
+    assert os.listdir(tmp_path) == [ERROR]
+
+
+def test_jobs_are_told_apart_and_ranks_are_not() -> None:
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"}
+    assert job_identity(slurm | {"SLURM_PROCID": "0"}) == job_identity(slurm | {"SLURM_PROCID": "9"}) != ""
+    assert job_identity(slurm) != job_identity(slurm | {"SLURM_RESTART_COUNT": "1"})
+    elastic = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0"}
+    # Machines count restarts each for itself, so the count is no part of what all ranks share.
+    assert job_identity(elastic) == job_identity(elastic | {"TORCHELASTIC_RESTART_COUNT": "1", "RANK": "1"}) != ""
+    # torchrun without a run id, on one machine and on two.
+    one = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
+    logs = [
+        one | {"TORCHELASTIC_ERROR_FILE": f"/tmp/{job}/none_x/attempt_0/{rank}/error.json"}
+        for job in "ab"
+        for rank in "01"
+    ]
+    identities = [job_identity(environment) for environment in logs]
+    assert identities[0] == identities[1] != identities[2] == identities[3]
+    assert job_identity(logs[0] | {"WORLD_SIZE": "4"}) == job_identity({}) == ""
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    write_error(tmp_path / "run", 0, caught(lambda: 1 / 0))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
@@ -201,11 +264,7 @@ def _processes_with(text: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if (
-                entry.name.isdigit()
-                and int(entry.name) != os.getpid()
-                and text in (entry / "cmdline").read_text()
-            ):
+            if entry.name.isdigit() and int(entry.name) != os.getpid() and text in (entry / "cmdline").read_text():
                 found.append(int(entry.name))
         except OSError:
             continue

@@ -27,9 +27,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SBATCH = ROOT / "examples" / "slurm" / "train.sbatch"
 
 
-def run(
-    *command: str | Path, cwd: Path, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
@@ -169,9 +167,7 @@ def test_every_deliberate_pin_says_why() -> None:
     assert text.count(RESOLVED) == 1
     assert undocumented_pins(text) == []
     # The check can fail: no comment, a heading cut off by an empty line, a comment that says nothing.
-    assert undocumented_pins(
-        "a==1\n# --- Deliberate pins: each has its reason ---\n\nb==1\n# old\nc==1\n"
-    ) == [
+    assert undocumented_pins("a==1\n# --- Deliberate pins: each has its reason ---\n\nb==1\n# old\nc==1\n") == [
         "a==1",
         "b==1",
         "c==1",
@@ -183,9 +179,7 @@ def test_everything_the_project_asks_for_is_pinned() -> None:
     for requirement in stated_requirements():
         version = pinned.get(canonicalize_name(requirement.name))
         assert version is not None, f"constraints.txt does not pin {requirement.name}"
-        assert requirement.specifier.contains(version, prereleases=True), (
-            f"{requirement} excludes the pin {version}"
-        )
+        assert requirement.specifier.contains(version, prereleases=True), f"{requirement} excludes the pin {version}"
 
 
 def test_this_environment_is_the_pinned_one() -> None:
@@ -273,7 +267,8 @@ def test_docker_context_holds_what_is_copied() -> None:
 
 RECORDER = """#!{python}
 import json, os, subprocess, sys
-keys = ("CUDA_DEVICE_MAX_CONNECTIONS", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME", "NEMO_HOME")
+keys = ("CUDA_DEVICE_MAX_CONNECTIONS", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
+keys += ("NEMO_HOME", "NEMO_EAFT_HOME")
 with open(os.environ["RECORD"], "a") as out:
     env = {{key: os.environ.get(key) for key in keys}}
     out.write(json.dumps({{"program": "{name}", "words": sys.argv[1:], "env": env}}) + "\\n")
@@ -330,7 +325,7 @@ def test_sbatch_starts_one_torchrun_per_node(cluster: dict[str, str], tmp_path: 
 
     settings = [*CALL, "trainer.num_nodes=2", "trainer.gpus_per_node=8", "run.dir=/results"]
     assert {"--nodes=1", "--ntasks=1"} <= set(converting["words"])
-    assert converting["words"][-len(settings) - 2 :] == ["nemo-eaft", "import", *settings]
+    assert converting["words"][-len(settings) - 2 :] == ["import", "--data", *settings]
     assert converting["env"]["HF_HUB_OFFLINE"] is None, "the import could not reach a hub"
 
     assert "--kill-on-bad-exit=1" in training["words"]
@@ -347,6 +342,23 @@ def test_sbatch_starts_one_torchrun_per_node(cluster: dict[str, str], tmp_path: 
         "nemo_eaft.train",
         *settings,
     ]
+
+
+def test_sbatch_shares_converted_checkpoints(cluster: dict[str, str], tmp_path: Path) -> None:
+    for shared in (None, str(tmp_path / "shared")):
+        Path(cluster["RECORD"]).unlink(missing_ok=True)
+        more = {} if shared is None else {"NEMO_EAFT_HOME": shared}
+        done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster | more)
+        assert done.returncode == 0, done.stderr
+        _, converting, training, rank = [json.loads(line) for line in Path(cluster["RECORD"]).read_text().splitlines()]
+        expected = "/results/home" if shared is None else shared
+        for step in (converting, training, rank):
+            assert step["env"]["NEMO_EAFT_HOME"] == expected
+            assert step["env"]["NEMO_HOME"] == f"{expected}/nemo"
+        for step in (converting, training):
+            [mounts] = [word for word in step["words"] if word.startswith("--container-mounts=")]
+            assert mounts.endswith(f",{shared}:{shared}") == (shared is not None)
+    assert (tmp_path / "shared").is_dir()
 
 
 def test_sbatch_passes_settings_that_are_accepted(cluster: dict[str, str], tmp_path: Path) -> None:
@@ -394,9 +406,7 @@ def test_sbatch_asks_for_one_task_per_node() -> None:
 
 
 def test_shell_scripts_pass_shellcheck() -> None:
-    shellcheck = shutil.which(
-        "shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     done = run(shellcheck, SBATCH, ROOT / ".ci" / "run", cwd=ROOT)
@@ -451,9 +461,7 @@ def test_readme_names_configurations_that_exist() -> None:
 
     checked = 0
     for command in readme_commands((ROOT / "README.md").read_text()):
-        found = re.match(
-            r"(?:nemo-eaft (?:train|import)|sbatch \S+|torchrun .*-m nemo_eaft\.train) (\S+)(.*)", command
-        )
+        found = re.match(r"(?:nemo-eaft (?:train|import)|sbatch \S+|torchrun .*-m nemo_eaft\.train) (\S+)(.*)", command)
         if not found:
             continue
         conf, words = found[1], found[2].split()

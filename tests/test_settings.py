@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,9 +59,7 @@ def test_the_names_others_rely_on() -> None:
         "trainer": "max_steps num_nodes gpus_per_node micro_batch_size global_batch_size "
         "seq_length learning_rate precision save_every seed",
     }
-    assert {f"{group}.{name}" for group, names in fixed.items() for name in names.split()} <= set(
-        known_keys()
-    )
+    assert {f"{group}.{name}" for group, names in fixed.items() for name in names.split()} <= set(known_keys())
 
 
 def test_loss_settings_and_config_agree() -> None:
@@ -80,11 +79,13 @@ def test_loss_settings_and_config_agree() -> None:
         ("data", {"prompt_template": "{input}"}, "data.prompt_template"),
         ("data", {"prompt_template": "{output} {input}"}, "data.prompt_template"),
         ("data", {"packed": True, "packed_size": 1}, "data.packed_size=1 must be 2 or more"),
-        ("loss", {"alpha": -1.0}, "loss.alpha=-1.0"),
-        ("loss", {"alpha": math.nan}, "loss.alpha=nan"),
-        ("loss", {"top_k": 1}, "loss.top_k=1 must be 2 or more"),
-        ("loss", {"normalizer": 0.0}, "loss.normalizer=0.0"),
-        ("loss", {"conflict_probability": 1.5}, "loss.conflict_probability=1.5"),
+        ("loss", {"alpha": -1.0}, "loss.alpha must be a finite number of at least 0, got -1.0"),
+        ("loss", {"alpha": math.nan}, "loss.alpha must be a finite number of at least 0, got nan"),
+        ("loss", {"top_k": 1}, "loss.top_k must be an integer of at least 2"),
+        ("loss", {"normalizer": 0.0}, "loss.normalizer must be"),
+        ("loss", {"conflict_probability": 1.5}, "loss.conflict_probability must be a number in [0, 1], got 1.5"),
+        ("loss", {"gate": "sigmoid", "gate_slope": 0.0}, "loss.gate_slope must be a finite number above 0, got 0.0"),
+        ("loss", {"gate": "stock", "alpha": -1.0}, "loss.alpha must be"),
         ("loss", {"fused_linear": True}, "loss.fused_linear=true"),
         ("parallel", {"tensor": 0}, "parallel.tensor=0 must be 1 or more"),
         (
@@ -117,8 +118,7 @@ def test_one_impossible_value(group: str, values: dict[str, Any], named: str) ->
         ({"parallel": {"tensor": 2}}, "1 ranks must be a multiple of parallel.tensor=2"),
         (
             {"parallel": {"tensor": 2}, "trainer": {"gpus_per_node": 4, "global_batch_size": 3}},
-            "trainer.global_batch_size=3 must be a multiple of trainer.micro_batch_size=1 x 2 data-parallel "
-            "ranks = 2",
+            "trainer.global_batch_size=3 must be a multiple of trainer.micro_batch_size=1 x 2 data-parallel ranks = 2",
         ),
         (
             {
@@ -165,12 +165,50 @@ def test_impossible_combinations(groups: Groups, named: str) -> None:
     [
         ({"data": {"packed_size": 4096}}, "data.packed_size has no effect"),
         ({"trainer": {"val_every": 7}}, "trainer.val_every=7 has no effect without data.validation"),
-        ({"loss": {"gate": "none", "alpha": 0.5}}, "loss.alpha=0.5 has no effect with loss.gate=none"),
+        ({"loss": {"gate": "none", "alpha": 0.5}}, "loss.alpha=0.5 has no effect: gate='none'"),
+        ({"loss": {"gate": "stock", "alpha": 0.5}}, "loss.alpha=0.5 has no effect: gate='stock'"),
+        ({"loss": {"gate": "eaft", "gate_slope": 3.0}}, "loss.gate_slope=3.0 has no effect: gate='eaft'"),
     ],
 )
-def test_what_has_no_effect_is_said(groups: Groups, named: str) -> None:
-    with pytest.warns(UserWarning, match=named):
-        make(**groups)
+def test_what_has_no_effect_is_said_once(groups: Groups, named: str) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        make(**groups).loss.eaft_config()
+    [warning] = said
+    assert named in str(warning.message)
+    # The command line shows in one line what comes from a file of this package.
+    assert Path(warning.filename).parent == Path(module.__file__).parent
+
+
+@pytest.mark.parametrize("gate", ["eaft", "none", "dft", "mask", "sigmoid", "stock"])
+def test_the_loss_gets_every_setting(gate: str) -> None:
+    values = {"top_k": None, "normalizer": 2.5, "conflict_probability": 0.3, "conflict_entropy": 0.4}
+    config = make(loss={"gate": gate, **values}).loss.eaft_config()
+    assert config == EAFTConfig(**values, gate="none" if gate == "stock" else gate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("context", [1, 2, 3, 4])
+@pytest.mark.parametrize("tensor", [2, 3, 4])
+def test_sequence_unit_is_the_least_length_that_can_be_cut(tensor: int, context: int, sequence: bool) -> None:
+    """By the rules themselves: two pieces for each context rank, whole tokens for each tensor rank within one."""
+
+    def fits(length: int) -> bool:
+        whole = context == 1 or length % (2 * context) == 0
+        return whole and (not sequence or (length % context == 0 and (length // context) % tensor == 0))
+
+    parallel = {"tensor": tensor, "context": context, "sequence": sequence}
+    trainer = {"gpus_per_node": tensor * context, "seq_length": 2 * tensor * context * 12}
+    unit = make(parallel=parallel, trainer=trainer).sequence_unit
+    assert [length for length in range(1, 4 * unit + 1) if fits(length)] == [unit, 2 * unit, 3 * unit, 4 * unit]
+
+
+def test_a_length_that_only_fits_without_context_is_refused() -> None:
+    """20 is a multiple of tensor=4 and of 2 x context=4, but each context rank holds 10 tokens for 4 tensor ranks."""
+    groups: Groups = {"parallel": {"tensor": 4, "context": 2, "sequence": True}, "trainer": {"gpus_per_node": 8}}
+    make(**groups | {"trainer": {"gpus_per_node": 8, "seq_length": 24}})
+    with pytest.raises(ValueError, match=r"trainer\.seq_length=20 must be a multiple of 8"):
+        make(**groups | {"trainer": {"gpus_per_node": 8, "seq_length": 20}})
 
 
 sizes = st.integers(1, 4)

@@ -73,13 +73,9 @@ def build_module(settings: Settings, root: Path, tokenizer: Any) -> FineTuningDa
         too.
     """
     prepared = read_prepared(root)
-    trainer, parallel = settings.trainer, settings.parallel
+    trainer = settings.trainer
     # NeMo pads a batch to a multiple of 16 tokens; where the ranks need another multiple, to the full length.
-    unit = (
-        max(parallel.tensor if parallel.sequence else 1, 1),
-        2 * parallel.context if parallel.context > 1 else 1,
-    )
-    kwargs: dict[str, Any] = {"pad_to_max_length": any(16 % part for part in unit)}
+    kwargs: dict[str, Any] = {"pad_to_max_length": 16 % settings.sequence_unit != 0}
     if settings.run.backend == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
         # Transformer Engine makes the causal mask itself; a dense one would cost seq_length ** 2 bytes a row.
         kwargs["get_attention_mask_from_fusion"] = True
@@ -99,9 +95,7 @@ def build_module(settings: Settings, root: Path, tokenizer: Any) -> FineTuningDa
             packed_sequence_size=settings.data.packed_size or trainer.seq_length,
             tokenizer_model_name="prepared",
             packed_train_data_path=str(root / PACKED_NAMES["train"]),
-            packed_val_data_path=(
-                str(root / PACKED_NAMES["validation"]) if prepared.validation_rows else None
-            ),
+            packed_val_data_path=(str(root / PACKED_NAMES["validation"]) if prepared.validation_rows else None),
         )
         kwargs.pop("get_attention_mask_from_fusion", None)  # packs carry row boundaries instead of a mask
         return PreparedDataModule(**common, packed_sequence_specs=specs, dataset_kwargs=kwargs)

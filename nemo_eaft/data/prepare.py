@@ -70,9 +70,7 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
     for source in sources.values():
         source.check()
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token (eos_token)"
-        )
+        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token (eos_token)")
     root = Path(settings.run.dir) / "data"
     identity = _identity(settings, tokenizer, sources)
     found = _already(root, identity)
@@ -112,10 +110,10 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
         raise
 
 
-def find_prepared(settings: Settings, tokenizer: Any) -> PreparedData | None:
-    """What :func:`prepare` would find written already for these settings and sources, or None."""
-    sources = _sources(settings)
-    return _already(Path(settings.run.dir) / "data", _identity(settings, tokenizer, sources))
+def is_prepared(root: Path) -> bool:
+    """Whether every file that :func:`prepare` writes to ``root`` is there. It alone knows whether the sources have
+    changed since."""
+    return _written(root) is not None
 
 
 def _sources(settings: Settings) -> dict[str, Source]:
@@ -164,9 +162,7 @@ def _write(
         size = settings.data.packed_size or settings.trainer.seq_length
         path = root / PACKED_NAMES[part]
         pack_file, metadata = (files.enter_context(replacing(name)) for name in (path, metadata_path(path)))
-        counts["samples"] = pack(
-            kept, pack_file, metadata, size, tokenizer.eos_token_id, settings.trainer.seed
-        )
+        counts["samples"] = pack(kept, pack_file, metadata, size, tokenizer.eos_token_id, settings.trainer.seed)
     return counts
 
 
@@ -176,9 +172,7 @@ def _line(row: Row, tokens: Tokens, kind: Kind) -> dict[str, Any]:
     return {"input": row.values["input"], "output": row.values["output"]}
 
 
-def _tokenized(
-    settings: Settings, tokenizer: Any, source: Source, kind: Kind
-) -> Iterator[tuple[Row, Tokens | str]]:
+def _tokenized(settings: Settings, tokenizer: Any, source: Source, kind: Kind) -> Iterator[tuple[Row, Tokens | str]]:
     """Every row with its tokens, or with the reason why it cannot be used."""
     longest = settings.trainer.seq_length
     for row in source.rows():
@@ -260,9 +254,7 @@ def _identity(settings: Settings, tokenizer: Any, sources: dict[str, Source]) ->
     """What the written files depend on. Equal to itself after a round trip through JSON."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spelled = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    digest = hashlib.sha256(
-        f"{spelled}\0{tokenizer.chat_template}\0{tokenizer.eos_token}".encode()
-    ).hexdigest()
+    digest = hashlib.sha256(f"{spelled}\0{tokenizer.chat_template}\0{tokenizer.eos_token}".encode()).hexdigest()
     data, trainer = settings.data, settings.trainer
     return {
         "format": _FORMAT,
@@ -279,18 +271,20 @@ def _identity(settings: Settings, tokenizer: Any, sources: dict[str, Source]) ->
 
 
 def _already(root: Path, identity: dict[str, Any]) -> PreparedData | None:
+    written = _written(root)
+    return written[1] if written is not None and written[0] == identity else None
+
+
+def _written(root: Path) -> tuple[dict[str, Any], PreparedData] | None:
+    """Identity and counts of the rows in ``root``, if all of their files are there."""
     try:
         written = json.loads((root / "prepared.json").read_text())
-        if written["identity"] != identity:
-            return None
-        prepared = PreparedData(**written["prepared"])
+        identity, prepared = written["identity"], PreparedData(**written["prepared"])
+        names = PACKED_NAMES if prepared.packed else _NAMES
+        needed = [names[part] for part in identity["sources"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    names = PACKED_NAMES if prepared.packed else _NAMES
-    needed = [names[part] for part in identity["sources"]]
-    if not all((root / name).is_file() for name in needed):
-        return None
-    return prepared
+    return (identity, prepared) if all((root / name).is_file() for name in needed) else None
 
 
 def _forget(root: Path) -> None:

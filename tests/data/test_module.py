@@ -108,9 +108,7 @@ def test_pair_batches_are_nemos_and_their_lengths_were_known(
         {"input": "What is two plus two? ", "output": " The answer is four."},
         {"input": "Ünïcode 😀", "output": "ok \\n {x}"},
     ]
-    settings = make_settings(
-        tmp_path, write_jsonl(tmp_path / "t.jsonl", pairs), data={"prompt_template": template}
-    )
+    settings = make_settings(tmp_path, write_jsonl(tmp_path / "t.jsonl", pairs), data={"prompt_template": template})
     prepare(settings, tokenizer.tokenizer)
     values = batch(settings, tokenizer)
     for row, pair in enumerate(pairs):
@@ -148,9 +146,7 @@ def test_packed_rows_keep_their_answers_and_their_borders(tmp_path: Path, nemo_t
     assert sorted(lengths) == expected
 
 
-def test_packing_is_the_same_each_time_and_leaves_numpys_generator_alone(
-    tmp_path: Path, nemo_tokenizer: Any
-) -> None:
+def test_packing_is_the_same_each_time_and_leaves_numpys_generator_alone(tmp_path: Path, nemo_tokenizer: Any) -> None:
     import numpy as np
 
     tokenizer = nemo_tokenizer()
@@ -187,3 +183,21 @@ def test_ranks_that_need_another_multiple_get_full_length(tmp_path: Path, nemo_t
     )
     prepare(settings, tokenizer.tokenizer)
     assert batch(settings, tokenizer)["tokens"].shape == (1, 120)
+
+
+@pytest.mark.parametrize("tensor, context, full", [(4, 2, False), (8, 4, True), (1, 8, False), (2, 16, True)])
+def test_full_length_only_where_sixteen_does_not_fit(
+    tmp_path: Path, nemo_tokenizer: Any, tensor: int, context: int, full: bool
+) -> None:
+    tokenizer = nemo_tokenizer()
+    path = write_jsonl(tmp_path / "t.jsonl", [{"messages": CHATS[0]}] * 8)
+    settings = make_settings(
+        tmp_path,
+        path,
+        parallel={"tensor": tensor, "context": context, "sequence": tensor > 1},
+        trainer={"gpus_per_node": tensor * context, "seq_length": 128},
+        run={"dir": str(tmp_path / "run"), "backend": "cuda"},
+    )
+    prepare(settings, tokenizer.tokenizer)
+    module = build_module(settings, Path(settings.run.dir) / "data", tokenizer)
+    assert module.dataset_kwargs["pad_to_max_length"] == full

@@ -132,25 +132,35 @@ class Workshop:
             self._sums[name] = reference.row_sums(self.model(family, **changes), self.train_rows)
         return self._sums[name]
 
-    def settings(self, name: str, family: str, heads: int = 4, **changes: Any) -> Settings:
+    def settings(self, name: str, family: str, model: dict[str, Any] | None = None, **changes: Any) -> Settings:
         """Checked settings with their rows prepared."""
         from transformers import AutoTokenizer
 
-        source = self.hf(family) if heads == 4 else self.hf(family, heads=heads)
+        source = self.hf(family, **(model or {}))
         settings = models.run_settings(source, self.rows, self.root / "runs" / name, **changes)
         prepare(settings, AutoTokenizer.from_pretrained(source))
         return settings
 
     def train(
-        self, name: str, family: str = "llama", *, world: int = 1, heads: int = 4, plan: Any = None, **changes: Any
+        self,
+        name: str,
+        family: str = "llama",
+        *,
+        world: int = 1,
+        model: dict[str, Any] | None = None,
+        plan: dict[str, Any] | None = None,
+        **changes: Any,
     ) -> Run:
-        """A training under this name, done once. `plan`: more fields of `jobs.Plan`; the rest as for `settings`."""
+        """A training under this name, done once.
+
+        model: `changes` of `models.save_model`; plan: fields of `jobs.Plan`; the rest as for `models.run_settings`.
+        """
         from tests.nemo import jobs
 
         if name not in self._runs:
             changes["trainer"] = {"gpus_per_node": world} | changes.get("trainer", {})
-            settings = self.settings(name, family, heads, **changes)
-            checkpoint = self.nemo(family) if heads == 4 else self.nemo(family, heads=heads)
+            settings = self.settings(name, family, model, **changes)
+            checkpoint = self.nemo(family, **(model or {}))
             ranks = run_ranks(jobs.train, world, jobs.Plan(settings, checkpoint, **(plan or {})))
             self._runs[name] = Run(settings, ranks)
         return self._runs[name]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.abc
 import os
-from collections.abc import Callable
+import sys
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -14,7 +16,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import nemo_eaft.train
 from nemo_eaft.convert import convert_to_hf, convert_to_nemo
+from nemo_eaft.megatron import unwrap
+from nemo_eaft.nemo import EAFTCallback
 from nemo_eaft.settings import Settings
+from tests.nemo.models import SEQ_LENGTH
 from tests.nemo.ranks import DIES
 
 
@@ -50,7 +55,7 @@ class Recorded:
     initial: dict[str, list[Piece]] = dataclasses.field(default_factory=dict)
     """Parameters before the first step, by Megatron's names: the pieces that this rank holds."""
     final: dict[str, list[Piece]] = dataclasses.field(default_factory=dict)
-    """The same after the last step."""
+    """The same after the last step, or when an exception ended the training."""
     optimizer: list[torch.Tensor] = dataclasses.field(default_factory=list)
     """Every tensor of this rank's optimizer state after the last step."""
     error: str | None = None
@@ -87,6 +92,9 @@ class Recorder(Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self.seen.val_losses.append(float(trainer.callback_metrics["val_loss"]))
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.seen.final = pieces(trainer.strategy.megatron_parallel)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.seen.final = pieces(trainer.strategy.megatron_parallel)
@@ -133,38 +141,25 @@ class Plan:
     """Die in this step, before the optimizer."""
     callback: bool = True
     """False: no EAFTCallback, as in a NeMo script of somebody who does not know us."""
-    catch: bool = False
-    """Return an exception instead of raising it."""
-    change: Callable[[], None] | None = None
-    """Called first on each rank, to break something on purpose."""
 
 
 def train(plan: Plan) -> Recorded:
     """`run_training`, watched."""
     recorder = Recorder(plan.stop_at)
-    if plan.change is not None:
-        plan.change()
     _with_callback(recorder, plan)
     if not plan.save:
         _without_checkpoints()
-    try:
-        nemo_eaft.train.run_training(plan.settings, plan.checkpoint)
-    except Exception as error:
-        if not plan.catch:
-            raise
-        recorder.seen.error = f"{type(error).__name__}: {error}"
+    nemo_eaft.train.run_training(plan.settings, plan.checkpoint)
     return recorder.seen
 
 
 def _with_callback(recorder: Recorder, plan: Plan) -> None:
     from nemo.collections import llm
 
-    import nemo_eaft.nemo
-
     finetune = llm.finetune
 
     def watched(*args: Any, trainer: Any, **kwargs: Any) -> Any:
-        unwanted = [] if plan.callback else [nemo_eaft.nemo.EAFTCallback]
+        unwanted = [] if plan.callback else [EAFTCallback]
         # Lightning adds a checkpoint callback of its own where none is given.
         unwanted += [] if plan.save else [ModelCheckpoint]
         trainer.callbacks = [
@@ -185,3 +180,162 @@ def _without_checkpoints() -> None:
         return logger
 
     nemo_eaft.train.build_logger = without
+
+
+def load_model(checkpoint: Path) -> Any:
+    """The whole NeMo model of a checkpoint in this process, as its exporters load it."""
+    from nemo.lightning import io
+
+    model_class = type(io.load_context(checkpoint, subpath="model"))
+    model, _ = model_class.exporter("hf", checkpoint).nemo_load(checkpoint)
+    return model
+
+
+def nemo_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """[b, s, V] of the tokens [b, s]."""
+    model = load_model(checkpoint).eval()
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    # Megatron masks where it is True.
+    mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)[None, None]
+    with torch.no_grad():
+        return model(tokens, positions, attention_mask=mask)
+
+
+def parameter_names(checkpoint: Path) -> list[str]:
+    names = (name.split("module.")[-1] for name, _ in load_model(checkpoint).named_parameters())
+    return sorted(names)
+
+
+class _Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.split(".")[0] == "nemo_eaft":
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked by the test)", name=name)
+
+
+def load_without_nemo_eaft(checkpoint: Path, output: Path) -> tuple[str, str]:
+    """Load the whole context of a checkpoint and export it by NeMo alone; the classes of trainer and model."""
+    # The CPU backend has replaced what it replaces; from here on nothing of the package can be looked up.
+    for name in [name for name in sys.modules if name.split(".")[0] == "nemo_eaft"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, _Blocked())
+    from nemo.collections import llm
+    from nemo.lightning import io
+
+    context = io.load_context(checkpoint)
+    model = io.load_context(checkpoint, subpath="model")
+    llm.export_ckpt(checkpoint, "hf", output, overwrite=True)
+    return type(context.trainer).__name__, type(model).__name__
+
+
+@dataclasses.dataclass
+class Script:
+    """A NeMo script of somebody who adds our one line to it."""
+
+    checkpoint: Path
+    rows: Path
+    run_dir: Path
+    tensor: int = 1
+    pipeline: int = 1
+    world: int = 1
+    learning_rate: float = 0.0
+    keep_vocab_size: bool = True
+    """False: the configuration says no vocabulary size, so NeMo takes the tokenizer's and pads it."""
+    callback: bool = True
+    average_in_collective: bool = True
+    mistake: Literal["", "per-token off", "too late", "replaced", "not a number"] = ""
+
+
+def script(spec: Script) -> Recorded:
+    """One step and one validation with it; an exception is recorded, not raised."""
+    import nemo.lightning as nl
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from nemo.collections import llm
+
+    model = nl.io.load_context(spec.checkpoint, subpath="model")
+    model.config.seq_length = SEQ_LENGTH
+    model.config.calculate_per_token_loss = False
+    if not spec.keep_vocab_size:
+        model.config.vocab_size = None
+        model.config.make_vocab_size_divisible_by = 128
+    trainer = nl.Trainer(
+        accelerator="cpu",
+        devices=spec.world,
+        strategy=nl.MegatronStrategy(
+            tensor_model_parallel_size=spec.tensor,
+            pipeline_model_parallel_size=spec.pipeline,
+            pipeline_dtype=torch.float32,
+            ddp=DistributedDataParallelConfig(average_in_collective=spec.average_in_collective),
+            ckpt_async_save=False,
+        ),
+        max_steps=1,
+        val_check_interval=1,
+        limit_val_batches=2,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    recorder = Recorder(None)
+    trainer.callbacks.append(recorder)
+    if spec.callback:
+        kind = _TooLate if spec.mistake == "too late" else EAFTCallback
+        trainer.callbacks.append(kind(run_dir=spec.run_dir))
+    trainer.callbacks.append(_Mistake(spec.mistake))
+    data = llm.FineTuningDataModule(
+        dataset_root=str(spec.rows),
+        seq_length=SEQ_LENGTH,
+        micro_batch_size=2,
+        global_batch_size=8,
+        tokenizer=model.tokenizer,
+        num_workers=0,
+        persistent_workers=False,
+        dataset_kwargs={"prompt_template": "{input} {output}"},
+    )
+    try:
+        llm.finetune(
+            model=model,
+            data=data,
+            trainer=trainer,
+            log=nl.NeMoLogger(log_dir=str(spec.run_dir / "nemo"), use_datetime_version=False),
+            resume=nl.AutoResume(restore_config=nl.RestoreConfig(path=str(spec.checkpoint))),
+            optim=nl.MegatronOptimizerModule(
+                OptimizerConfig(optimizer="adam", lr=spec.learning_rate, params_dtype=torch.float32)
+            ),
+            tokenizer="model",
+        )
+    except Exception as error:
+        recorder.seen.error = f"{type(error).__name__}: {error}"
+    return recorder.seen
+
+
+class _TooLate(EAFTCallback):
+    """Sets the flag only after DDP was built, as a callback that is not there for `setup` would."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        pass
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        for chunk in trainer.strategy.megatron_parallel:
+            chunk.config.calculate_per_token_loss = True
+        super().on_fit_start(trainer, pl_module)
+
+
+class _Mistake(Callback):
+    """Comes after EAFTCallback and undoes what it relies on."""
+
+    def __init__(self, mistake: str) -> None:
+        self._mistake = mistake
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        for chunk in trainer.strategy.megatron_parallel:
+            model = unwrap(chunk)
+            if self._mistake == "per-token off":
+                chunk.config.calculate_per_token_loss = False
+            elif self._mistake == "replaced" and model.post_process:
+                model.compute_language_model_loss = types.MethodType(
+                    type(model).compute_language_model_loss, model
+                )
+            elif self._mistake == "not a number" and model.post_process:
+                # One logit of every token: only the ranks that hold it see it by themselves.
+                model.output_layer.weight.data[0] = float("nan")

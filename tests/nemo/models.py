@@ -27,13 +27,13 @@ SEQ_LENGTH = 48
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 
-def save_tokenizer(folder: Path, tokens: int = TOKENS) -> None:
+def save_tokenizer(folder: Path) -> None:
     """A tokenizer whose words are t0, t1, ..., one token each."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"t{index}": index for index in range(tokens - 3)}
-    words |= {"<pad>": tokens - 3, "<s>": tokens - 2, "</s>": tokens - 1}
+    words = {f"t{index}": index for index in range(TOKENS - 3)}
+    words |= {"<pad>": TOKENS - 3, "<s>": TOKENS - 2, "</s>": TOKENS - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
@@ -41,10 +41,13 @@ def save_tokenizer(folder: Path, tokens: int = TOKENS) -> None:
     ).save_pretrained(folder)
 
 
-def save_model(family: str, folder: Path, *, heads: int = 4, vocab_size: int = VOCAB_SIZE, tokens: int = TOKENS) -> None:
+def save_model(
+    family: str, folder: Path, *, heads: int = 4, vocab_size: int = VOCAB_SIZE, tied: bool | None = None
+) -> None:
     """A random float32 model of `family` with its tokenizer, as `save_pretrained` writes them.
 
     Its weights are large enough for sharp predictions: some tokens are confident conflicts, others near uniform.
+    `tied`: whether the output layer is the embedding; None: as the smaller models of the family, but Llama's.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -56,15 +59,16 @@ def save_model(family: str, folder: Path, *, heads: int = 4, vocab_size: int = V
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "max_position_embeddings": 128,
-        "bos_token_id": tokens - 2,
-        "eos_token_id": tokens - 1,
-        "initializer_range": 0.25,
+        "tie_word_embeddings": family != "llama" if tied is None else tied,
+        "bos_token_id": TOKENS - 2,
+        "eos_token_id": TOKENS - 1,
+        "initializer_range": 0.1,
         "rope_theta": 50_000.0,
     }
     configs: dict[str, Any] = {
-        "llama": lambda: LlamaConfig(**common, tie_word_embeddings=False, rms_norm_eps=1e-5),
-        "qwen2": lambda: Qwen2Config(**common, tie_word_embeddings=True, rms_norm_eps=1e-6),
-        "qwen3": lambda: Qwen3Config(**common, tie_word_embeddings=False, rms_norm_eps=1e-6, head_dim=32),
+        "llama": lambda: LlamaConfig(**common, rms_norm_eps=1e-5),
+        "qwen2": lambda: Qwen2Config(**common, rms_norm_eps=1e-6),
+        "qwen3": lambda: Qwen3Config(**common, rms_norm_eps=1e-6, head_dim=32),
     }
     generator_state = torch.get_rng_state()
     torch.manual_seed(FAMILIES.index(family))
@@ -76,10 +80,11 @@ def save_model(family: str, folder: Path, *, heads: int = 4, vocab_size: int = V
                 parameter.uniform_(0.5, 1.5)
             elif "bias" in name:
                 parameter.normal_(std=0.2)
-        model.get_output_embeddings().weight.mul_(2.0)
+        # Tied, it also says which token comes next to which, so less is enough.
+        model.get_output_embeddings().weight.mul_(2.0 if model.config.tie_word_embeddings else 5.0)
     torch.set_rng_state(generator_state)
     model.save_pretrained(folder)
-    save_tokenizer(folder, tokens)
+    save_tokenizer(folder)
 
 
 def write_rows(path: Path, count: int, seed: int) -> None:

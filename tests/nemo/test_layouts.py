@@ -53,7 +53,6 @@ def assert_first_step(workshop: Workshop, run: Run, family: str = "llama", **cha
     assert len(set(answers)) == len(answers) == run.settings.trainer.global_batch_size
     sums = workshop.sums(family, **changes)
     expected = reference.means(sums[answer] for answer in answers)
-    print("first step", run.settings.run.dir, run.losses[0] - expected["loss"])
     assert run.losses[0] == pytest.approx(expected["loss"], abs=1e-5)
     first = run.steps[0]
     for name in ("loss", "cross_entropy", "entropy", "weight"):
@@ -62,7 +61,6 @@ def assert_first_step(workshop: Workshop, run: Run, family: str = "llama", **cha
     assert first["conflict_fraction"] == pytest.approx(expected["conflict_fraction"], abs=1e-12)
     rows = {answer: workshop.train_rows[answer] for answer in answers}
     norm = reference.gradient_norm(workshop.model(family, **changes), rows)
-    print("gradient", run.ranks[0].gradient_norms[0] / norm - 1)
     # Adam forgives a wrong scale of the gradient, so the losses that follow would not show it.
     assert run.ranks[0].gradient_norms[0] == pytest.approx(norm, rel=1e-5)
 
@@ -88,7 +86,6 @@ def test_ten_steps_follow_one_rank(workshop: Workshop, name: str) -> None:
     for step in range(STEPS):
         assert run.answers(step) == single.answers(step)
     assert len(run.losses) == len(run.steps) == STEPS
-    print("drift", name, max(abs(a / b - 1) for a, b in zip(run.losses, single.losses, strict=True)))
     assert run.losses == pytest.approx(single.losses, rel=1e-4)
     for row, expected in zip(run.steps, single.steps, strict=True):
         assert row["step"] == expected["step"]
@@ -98,16 +95,13 @@ def test_ten_steps_follow_one_rank(workshop: Workshop, name: str) -> None:
     before, after = (assemble([getattr(rank, part) for rank in run.ranks]) for part in ("initial", "final"))
     expected_before, expected_after = (assemble([getattr(single.ranks[0], part)]) for part in ("initial", "final"))
     assert before.keys() == expected_before.keys() == after.keys() == expected_after.keys()
-    worst = 0.0
     for key, start in expected_before.items():
         assert torch.equal(before[key], start), key
         moved = (expected_after[key] - start).norm()
         assert moved > 0, key
         apart = (after[key] - expected_after[key]).norm() / moved
-        worst = max(worst, float(apart))
         # Adam divides by the size of the gradient, so entries with hardly any move by rounding errors.
         assert apart < 1e-2, key
-    print("parameters", name, worst)
 
 
 def test_the_rows_can_tell_a_wrong_mean(workshop: Workshop) -> None:
@@ -133,3 +127,11 @@ def test_micro_batch_size_changes_nothing(workshop: Workshop, size: int) -> None
     assert len(run.micro_batches(0)) == 8 // size
     assert run.losses[0] == pytest.approx(single.losses[0], rel=1e-6)
     assert run.ranks[0].gradient_norms[0] == pytest.approx(single.ranks[0].gradient_norms[0], rel=1e-5)
+
+
+def test_bfloat16_follows_float32(workshop: Workshop) -> None:
+    single = train(workshop, "tp1", LAYOUTS["tp1"])
+    run = train(workshop, "bf16", Layout(2, {"tensor": 2}), precision="bf16")
+    # bfloat16 has 8 bits: each of some 20 layers' results is off by up to 0.4 %, the mean over 100 tokens by less.
+    assert run.losses == pytest.approx(single.losses, rel=1e-2)
+    assert run.losses != pytest.approx(single.losses, rel=1e-5)

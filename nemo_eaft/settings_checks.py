@@ -1,0 +1,89 @@
+"""What the settings of a run ask of each other."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_eaft.settings import Settings
+
+
+def check_together(settings: Settings) -> None:
+    """Check what no single group can check alone.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed. The rules are those of NeMo 2.7.3
+            (``nemo/collections/llm/api.py``, ``_validate_config``) and megatron-core 0.15.3
+            (``model_parallel_config.py``, ``pipeline_parallel/schedules.py``), found before any process
+            starts.
+    """
+    parallel, trainer, data = settings.parallel, settings.trainer, settings.data
+    world = settings.world_size
+    if world % parallel.model_ranks:
+        raise ValueError(
+            f"trainer.num_nodes={trainer.num_nodes} x trainer.gpus_per_node={trainer.gpus_per_node} = "
+            f"{world} ranks must be a multiple of parallel.tensor={parallel.tensor} x "
+            f"parallel.pipeline={parallel.pipeline} x parallel.context={parallel.context} = {parallel.model_ranks}"
+        )
+    per_pass = trainer.micro_batch_size * settings.data_parallel
+    if trainer.global_batch_size % per_pass:
+        raise ValueError(
+            f"trainer.global_batch_size={trainer.global_batch_size} must be a multiple of "
+            f"trainer.micro_batch_size={trainer.micro_batch_size} x {settings.data_parallel} data-parallel ranks = "
+            f"{per_pass}"
+        )
+    if parallel.virtual_pipeline is not None and settings.num_micro_batches % parallel.pipeline:
+        raise ValueError(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs a number of micro-batches per step "
+            f"that is a multiple of parallel.pipeline={parallel.pipeline}, but "
+            f"trainer.global_batch_size={trainer.global_batch_size} gives {settings.num_micro_batches}"
+        )
+    if (world // (parallel.tensor * parallel.pipeline)) % parallel.expert:
+        raise ValueError(
+            f"parallel.expert={parallel.expert} must divide the "
+            f"{world // (parallel.tensor * parallel.pipeline)} ranks that "
+            f"parallel.tensor={parallel.tensor} and parallel.pipeline={parallel.pipeline} leave"
+        )
+    if parallel.expert > 1 and parallel.tensor > 1 and not parallel.sequence:
+        raise ValueError(
+            f"parallel.expert={parallel.expert} with parallel.tensor={parallel.tensor} needs parallel.sequence=true"
+        )
+    # NeMo pads a batch to a multiple of 16 but never beyond seq_length, so a batch may be exactly seq_length long.
+    unit = settings.sequence_unit
+    for key, length in (("trainer.seq_length", trainer.seq_length), ("data.packed_size", data.packed_size)):
+        if length is not None and length % unit:
+            raise ValueError(
+                f"{key}={length} must be a multiple of {unit} with "
+                f"parallel.sequence={str(parallel.sequence).lower()}, "
+                f"parallel.tensor={parallel.tensor}, parallel.context={parallel.context}"
+            )
+    if settings.run.backend == "cpu" and parallel.context > 1:
+        raise ValueError(
+            f"parallel.context={parallel.context} with run.backend=cpu: Megatron-Core's own attention has no context "
+            f"parallelism, Transformer Engine's needs a GPU; allowed is 1"
+        )
+    if data.packed:
+        _validate_packed(settings)
+    if data.validation is None and trainer.val_every not in (0, type(trainer).val_every):
+        warnings.warn(f"trainer.val_every={trainer.val_every} has no effect without data.validation", stacklevel=1)
+
+
+def _validate_packed(settings: Settings) -> None:
+    trainer, data = settings.trainer, settings.data
+    if trainer.micro_batch_size != 1:
+        raise ValueError(
+            f"data.packed=true needs trainer.micro_batch_size=1, got {trainer.micro_batch_size}: a packed sequence is "
+            f"a micro-batch already (lower trainer.global_batch_size and raise data.packed_size instead)"
+        )
+    if settings.parallel.context > 1:
+        raise ValueError(
+            f"data.packed=true with parallel.context={settings.parallel.context} is refused: NeMo 2.7.3 "
+            f"would slice the row boundaries (cu_seqlens) like tokens and let rows attend to each other. Use "
+            f"parallel.context=1 or data.packed=false"
+        )
+    if data.packed_size is not None and data.packed_size < trainer.seq_length:
+        raise ValueError(
+            f"data.packed_size={data.packed_size} must be at least trainer.seq_length={trainer.seq_length}, "
+            f"or the longest rows would fit into no pack"
+        )
