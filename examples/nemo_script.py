@@ -71,7 +71,9 @@ def main() -> None:
         model=model,
         data=data,
         trainer=trainer,
-        log=nl.NeMoLogger(log_dir=arguments.output, use_datetime_version=False, ckpt=nl.ModelCheckpoint(save_last=True)),
+        log=nl.NeMoLogger(
+            log_dir=arguments.output, use_datetime_version=False, ckpt=nl.ModelCheckpoint(save_last=True)
+        ),
         resume=nl.AutoResume(restore_config=nl.RestoreConfig(path=arguments.checkpoint)),
         optim=nl.MegatronOptimizerModule(
             OptimizerConfig(optimizer="adam", lr=5e-6, bf16=not arguments.cpu, params_dtype=dtype)

@@ -211,9 +211,7 @@ def _prepare(overrides: Iterable[str], folder: Path) -> tuple[list[str], dict[st
             parsed = parser.parse_override(override)
         except HydraException as error:
             first = str(error).splitlines()[0]
-            raise ValueError(
-                f"{override!r} is no override: {first}; write key=value, for example loss=sft"
-            ) from error
+            raise ValueError(f"{override!r} is no override: {first}; write key=value, for example loss=sft") from error
         key = parsed.key_or_group
         if parsed.type == OverrideType.DEL:
             raise ValueError(f"{override!r}: a setting cannot be removed, only given a value")
@@ -250,9 +248,7 @@ def _check_choice(group: str, value: object, text: str, folder: Path) -> None:
     files = {path.stem for place in (CONF_DIR, folder) for path in (place / group).glob("*.yaml")}
     if value not in files:
         there = ", ".join(sorted(files)) or "none"
-        raise ValueError(
-            f"{text!r}: no such file of group {group}{_suggest(value, files)}; there are: {there}"
-        )
+        raise ValueError(f"{text!r}: no such file of group {group}{_suggest(value, files)}; there are: {there}")
 
 
 def _group(name: str, kind: type, values: Mapping[Any, Any], where: str) -> Any:
@@ -309,9 +305,7 @@ def _refuse_targets(value: Any, key: str) -> None:
         for name, inner in value.items():
             full = f"{key}.{name}" if key else str(name)
             if str(name).startswith("_") and str(name).endswith("_"):
-                raise ValueError(
-                    f"{full} is refused: a configuration holds values, it never names code to run"
-                )
+                raise ValueError(f"{full} is refused: a configuration holds values, it never names code to run")
             _refuse_targets(inner, full)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
@@ -349,9 +343,7 @@ def _explain(error: Exception) -> str:
     if "Missing mandatory value" in str(error):
         return f"{key} must be given, for example {key}=..."
     text = " ".join(
-        line.strip()
-        for line in str(error).splitlines()
-        if not line.strip().startswith(("full_key:", "object_type="))
+        line.strip() for line in str(error).splitlines() if not line.strip().startswith(("full_key:", "object_type="))
     )
     text = text.replace("To append to your default list use", "Its defaults list must name the group, or use")
     cause = error.__cause__

@@ -28,9 +28,7 @@ LONGEST = 256
 """Tokens in a row, at most; ``trainer.seq_length`` of the demo."""
 HELD_OUT = 32
 """Held-out rows: four batches of ``trainer.global_batch_size`` of the demo."""
-SYSTEM = (
-    'Answer with one function call as JSON, for example {"name": "f", "arguments": {"x": 1}}. Functions:\n'
-)
+SYSTEM = 'Answer with one function call as JSON, for example {"name": "f", "arguments": {"x": 1}}. Functions:\n'
 
 
 def build(folder: Path) -> tuple[int, int]:
@@ -63,9 +61,7 @@ def questions(data: Path) -> Iterator[dict[str, Any]]:
         asked, answers = data / f"BFCL_v4_{name}.json", data / "possible_answer" / f"BFCL_v4_{name}.json"
         for path in (asked, answers):
             if not path.is_file():
-                raise ValueError(
-                    f"the wheel bfcl-eval has no {path.name}: another version than the demo knows"
-                )
+                raise ValueError(f"the wheel bfcl-eval has no {path.name}: another version than the demo knows")
         truths = {entry["id"]: entry["ground_truth"] for entry in _lines(answers)}
         for entry in _lines(asked):
             turns, truth = entry["question"], truths.get(entry["id"], [])
@@ -82,9 +78,7 @@ def questions(data: Path) -> Iterator[dict[str, Any]]:
             yield {"id": entry["id"], "function": function, "messages": messages}
 
 
-def split(
-    rows: Iterator[dict[str, Any]], tokenizer: Any
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def split(rows: Iterator[dict[str, Any]], tokenizer: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and held-out rows of at most ``LONGEST`` tokens; no function is called in both.
 
     Functions go to the held-out side in the order of the SHA-256 of their names until it has ``HELD_OUT``
@@ -102,9 +96,7 @@ def split(
         held += by_function[function]
         withheld.add(function)
     if len(held) < HELD_OUT:
-        raise ValueError(
-            f"only {len(held)} questions fit into {LONGEST} tokens, the demo holds out {HELD_OUT}"
-        )
+        raise ValueError(f"only {len(held)} questions fit into {LONGEST} tokens, the demo holds out {HELD_OUT}")
     return [row for row in fitting if row["function"] not in withheld], held[:HELD_OUT]
 
 
@@ -149,9 +141,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 if a wheel is missing."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nemo_eaft.demo_data", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m nemo_eaft.demo_data", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=None, help="default: $NEMO_EAFT_HOME/demo")
     folder = parser.parse_args(argv).folder or home() / "demo"
     try:

@@ -55,9 +55,7 @@ def load_tokenizer(gguf: Path) -> Any:
     reader = GGUFReader(gguf)
 
     def special(name: str) -> str:
-        return str(
-            loaded.convert_ids_to_tokens(int(reader.fields[f"tokenizer.ggml.{name}_token_id"].contents()))
-        )
+        return str(loaded.convert_ids_to_tokens(int(reader.fields[f"tokenizer.ggml.{name}_token_id"].contents())))
 
     scheme = reader.fields["tokenizer.ggml.pre"].contents()
     if scheme != "smollm":

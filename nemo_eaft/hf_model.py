@@ -85,11 +85,7 @@ def check_model(settings: Settings, hf_config: Any, tokenizer: Any) -> None:
         None,
     )
     if parallel.expert > 1 and (experts is None or experts % parallel.expert):
-        there = (
-            "has no experts: allowed is 1"
-            if experts is None
-            else f"has {experts} experts, which it must divide"
-        )
+        there = "has no experts: allowed is 1" if experts is None else f"has {experts} experts, which it must divide"
         raise ValueError(f"parallel.expert={parallel.expert}: {settings.model.hf} {there}")
     if len(tokenizer) > hf_config.vocab_size:
         raise ValueError(

@@ -292,7 +292,9 @@ def _check_gradient_scale(chunk: Any) -> None:
         )
     ddp = chunk.module
     if getattr(getattr(ddp, "ddp_config", None), "average_in_collective", False):
-        raise RuntimeError("average_in_collective is True on a model chunk: gradients would be averaged over its replicas")
+        raise RuntimeError(
+            "average_in_collective is True on a model chunk: gradients would be averaged over its replicas"
+        )
     for buffer in [*getattr(ddp, "buffers", []), *getattr(ddp, "expert_parallel_buffers", [])]:
         scale = getattr(buffer, "gradient_scaling_factor", 1.0)
         if scale != 1.0:

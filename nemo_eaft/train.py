@@ -6,7 +6,6 @@ NeMo's data module, optimizer, strategy, logger, checkpoints and resume, and the
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -14,19 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_eaft.config import EAFTConfig
 from nemo_eaft.convert import MANIFEST
 from nemo_eaft.ready import checkpoints_in
 from nemo_eaft.settings import Settings
-
-
-def eaft_config(settings: Settings) -> EAFTConfig:
-    """The loss settings as EAFTConfig; `stock` measures with weight 1."""
-    loss = dataclasses.asdict(settings.loss)
-    known = {field.name for field in dataclasses.fields(EAFTConfig)}
-    if loss["gate"] == "stock":
-        loss |= {"gate": "none", "alpha": EAFTConfig().alpha}
-    return EAFTConfig(**{key: value for key, value in loss.items() if key in known})
 
 
 def run_training(settings: Settings, checkpoint: Path) -> None:
@@ -57,7 +46,7 @@ def run_training(settings: Settings, checkpoint: Path) -> None:
     trainer.callbacks.append(KeepDataOrder())
     trainer.callbacks.append(
         EAFTCallback(
-            eaft_config(settings),
+            settings.loss.eaft_config(),
             run_dir=run_dir,
             vocab_size=imported_vocab_size(checkpoint),
             measure_only=settings.loss.gate == "stock",

@@ -25,9 +25,7 @@ import torch.distributed as dist
 GROUP_TIMEOUT = datetime.timedelta(seconds=20)
 
 
-def run_threads(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
-) -> list[Any]:
+def run_threads(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
     """``function(rank, *args)`` on ``world_size`` ranks that are threads; their results in rank order.
 
     Inside, ``torch.distributed.group.WORLD`` is a working process group.
@@ -107,9 +105,7 @@ def run_ranks(
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(
-                target=_rank, args=(function, rank, world_size, folder, args, env or {}), daemon=True
-            )
+            context.Process(target=_rank, args=(function, rank, world_size, folder, args, env or {}), daemon=True)
             for rank in range(world_size)
         ]
         try:

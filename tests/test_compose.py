@@ -259,9 +259,7 @@ def test_a_damaged_saved_file_is_a_value_error(tmp_path: Path, text: str) -> Non
 
 
 @given(
-    st.dictionaries(
-        st.sampled_from(known_keys()), st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-    )
+    st.dictionaries(st.sampled_from(known_keys()), st.none() | st.booleans() | st.integers() | st.floats() | st.text())
 )
 def test_no_value_gets_through_with_a_wrong_type(values: dict[str, Any]) -> None:
     """Whatever a file holds, the answer is settings of the declared types or a ValueError."""

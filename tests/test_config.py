@@ -46,9 +46,7 @@ def test_invalid_values_cover_every_field() -> None:
     assert set(INVALID) == {field.name for field in dataclasses.fields(EAFTConfig)}
 
 
-@pytest.mark.parametrize(
-    "name, value", [(name, value) for name, values in INVALID.items() for value in values]
-)
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in INVALID.items() for value in values])
 def test_an_invalid_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{name} must be .+, got ") as error:
         EAFTConfig(**{name: value})

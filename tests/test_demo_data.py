@@ -123,17 +123,11 @@ def test_split_is_fixed_and_shares_no_function() -> None:
     assert (train, held) == demo_data.split(iter(rows(200)), Words())
     assert len(held) == demo_data.HELD_OUT
     assert not {row["function"] for row in train} & {row["function"] for row in held}
-    assert [row["id"] for row in train] == sorted(
-        (row["id"] for row in train), key=lambda name: int(name[1:])
-    )
+    assert [row["id"] for row in train] == sorted((row["id"] for row in train), key=lambda name: int(name[1:]))
     # Another question more must not move the others to the other side.
-    more_train, more_held = demo_data.split(
-        iter([*rows(200), {**rows(1)[0], "id": "x", "function": "f3"}]), Words()
-    )
+    more_train, more_held = demo_data.split(iter([*rows(200), {**rows(1)[0], "id": "x", "function": "f3"}]), Words())
     assert len({row["id"] for row in held} - {row["id"] for row in more_held}) <= 1
-    assert {row["id"] for row in train} <= {row["id"] for row in more_train} | {
-        row["id"] for row in more_held
-    }
+    assert {row["id"] for row in train} <= {row["id"] for row in more_train} | {row["id"] for row in more_held}
 
 
 def test_split_leaves_out_what_does_not_fit_and_says_if_nothing_is_left() -> None:

@@ -36,9 +36,7 @@ def settings(ranks: int = 1, **groups: dict[str, Any]) -> Settings:
     return from_mapping(base)
 
 
-LLAMA = LlamaConfig(
-    num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, vocab_size=100
-)
+LLAMA = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, vocab_size=100)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +59,7 @@ def test_layouts_that_fit(groups: dict[str, Any], ranks: int) -> None:
         (
             {"parallel": {"tensor": 2}},
             2,
-            "parallel.tensor=2 must divide the 9 attention heads and 3 key-value heads of org/name: allowed "
-            "are 1, 3",
+            "parallel.tensor=2 must divide the 9 attention heads and 3 key-value heads of org/name: allowed are 1, 3",
         ),
         (
             {"parallel": {"tensor": 9}, "trainer": {"global_batch_size": 8}},
@@ -109,15 +106,11 @@ def test_the_rule_for_heads_is_megatrons() -> None:
             return False
         return True
 
-    assert (
-        [megatron(n) for n in (1, 2, 4, 8)] == [ours(n) for n in (1, 2, 4, 8)] == [True, True, False, False]
-    )
+    assert [megatron(n) for n in (1, 2, 4, 8)] == [ours(n) for n in (1, 2, 4, 8)] == [True, True, False, False]
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
-    with pytest.raises(
-        ValueError, match=r"model\.tokenizer=org/name has 101 tokens, the model .* only 100 rows"
-    ):
+    with pytest.raises(ValueError, match=r"model\.tokenizer=org/name has 101 tokens, the model .* only 100 rows"):
         check_model(settings(), LLAMA, Sized(101))
 
 

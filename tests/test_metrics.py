@@ -27,9 +27,7 @@ def random_out(shape: tuple[int, ...], seed: int = 0) -> TokenLoss:
     return TokenLoss(loss=weight * cross_entropy, cross_entropy=cross_entropy, entropy=entropy, weight=weight)
 
 
-def loop_sums(
-    out: TokenLoss, valid: Tensor, probability: float, ratio: float, normaliser: float
-) -> list[float]:
+def loop_sums(out: TokenLoss, valid: Tensor, probability: float, ratio: float, normaliser: float) -> list[float]:
     """The definition, one token at a time."""
     values = zip(*(value.flatten().tolist() for value in out), strict=True)
     sums = [0.0] * 6

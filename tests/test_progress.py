@@ -16,9 +16,7 @@ METRICS = StepMetrics(
 
 def test_the_line() -> None:
     line = format_progress(12, 60, METRICS, 812.4, 190.2)
-    assert line == (
-        "step 12/60  loss 0.412  ce 0.671  weight 0.58  entropy 1.21  conflicts 1.9%  812 tok/s  ETA 3m10s"
-    )
+    assert line == ("step 12/60  loss 0.412  ce 0.671  weight 0.58  entropy 1.21  conflicts 1.9%  812 tok/s  ETA 3m10s")
 
 
 def test_steps_line_up_and_the_unknown_is_said() -> None:

@@ -18,9 +18,7 @@ from nemo_eaft.recorder import STEP_KEYS, MetricsFile, read
 
 
 def metrics(loss: float = 0.1) -> StepMetrics:
-    return StepMetrics(
-        loss=loss, cross_entropy=0.2, entropy=1.5, weight=1 / 3, conflict_fraction=0.01, tokens=4321
-    )
+    return StepMetrics(loss=loss, cross_entropy=0.2, entropy=1.5, weight=1 / 3, conflict_fraction=0.01, tokens=4321)
 
 
 def record(path: Path, steps: range, start_step: int = 0, loss: float = 0.1) -> None:
@@ -32,9 +30,7 @@ def record(path: Path, steps: range, start_step: int = 0, loss: float = 0.1) -> 
 def test_a_line_holds_every_promised_key_and_comes_back_exactly(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     record(path, range(1, 3))
-    promised = (
-        "step loss cross_entropy entropy weight conflict_fraction tokens tokens_per_second learning_rate"
-    )
+    promised = "step loss cross_entropy entropy weight conflict_fraction tokens tokens_per_second learning_rate"
     assert set(promised.split()) <= set(STEP_KEYS)
     first, second = read(path)
     assert tuple(first) == STEP_KEYS
@@ -193,9 +189,7 @@ def test_nothing_is_rewritten_when_nothing_is_dropped(tmp_path: Path) -> None:
     assert path.stat().st_ino == before
 
 
-def test_a_crash_during_the_rewrite_keeps_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_during_the_rewrite_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     record(path, range(1, 7))
     content = path.read_bytes()

@@ -124,9 +124,7 @@ class _Conversation:
         import jinja2
 
         try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tools=self.tools, tokenize=False, **options)
-            )
+            return str(self.tokenizer.apply_chat_template(messages, tools=self.tools, tokenize=False, **options))
         except (jinja2.TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
             raise RowError(f"the chat template refuses it: {error}") from error
 
@@ -145,9 +143,7 @@ class _Conversation:
         choices: list[dict[str, Any]] = [{}]
         if "enable_thinking" in self.tokenizer.chat_template:
             choices = [{"enable_thinking": False}, {"enable_thinking": True}]
-        prompts = [
-            self._render(self.messages[:turn], add_generation_prompt=True, **choice) for choice in choices
-        ]
+        prompts = [self._render(self.messages[:turn], add_generation_prompt=True, **choice) for choice in choices]
         fitting = [len(prompt) for prompt in prompts if self.text.startswith(prompt)]
         if not fitting:
             raise RowError(
@@ -169,9 +165,7 @@ class _Conversation:
                     return len(before), False
         upto = self._render(self.messages[: turn + 1])
         if not self.text.startswith(upto):
-            raise RowError(
-                f"message {turn + 1}: cannot tell where the answer ends in the text of the chat template"
-            )
+            raise RowError(f"message {turn + 1}: cannot tell where the answer ends in the text of the chat template")
         return len(upto.rstrip()), True
 
     def marked_mask(self) -> list[int]:
@@ -186,7 +180,5 @@ class _Conversation:
 
 
 def _ranges(mask: list[int]) -> list[tuple[int, int]]:
-    edges = [
-        i for i in range(len(mask) + 1) if (mask[i] if i < len(mask) else 0) != (mask[i - 1] if i else 0)
-    ]
+    edges = [i for i in range(len(mask) + 1) if (mask[i] if i < len(mask) else 0) != (mask[i - 1] if i else 0)]
     return list(zip(edges[::2], edges[1::2], strict=True))

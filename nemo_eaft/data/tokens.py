@@ -48,9 +48,7 @@ def tokenize_pair(tokenizer: Any, template: str, values: dict[str, Any]) -> Toke
     for key in ("input", "output"):
         value = values.get(key)
         if not isinstance(value, str):
-            raise RowError(
-                f"{key!r} must be text, got {type(value).__name__}" if key in values else f"no {key!r}"
-            )
+            raise RowError(f"{key!r} must be text, got {type(value).__name__}" if key in values else f"no {key!r}")
         texts[key] = value.strip(" ")
     if not texts["output"].strip():
         raise RowError("'output' is empty: there is no answer to learn")
@@ -61,9 +59,7 @@ def tokenize_pair(tokenizer: Any, template: str, values: dict[str, Any]) -> Toke
             part = part[1:]
         bare = part.lstrip(" ")
         text = texts.get(bare[1:-1], bare) if bare.startswith("{") else bare
-        pieces.append(
-            tokenizer.convert_tokens_to_ids(tokenizer.tokenize(" " * (len(part) - len(bare)) + text))
-        )
+        pieces.append(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(" " * (len(part) - len(bare)) + text)))
     prompt = [token for piece in pieces[:-1] for token in piece]
     input_ids = [*prompt, *pieces[-1], tokenizer.eos_token_id]
     return Tokens(input_ids, [(len(prompt), len(input_ids))])

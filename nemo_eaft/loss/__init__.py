@@ -71,9 +71,7 @@ def eaft_loss(
     checks.check_config(config)
     checks.check_floating("logits", logits, 1)
     shard = checks.check_shard(logits.shape[-1], vocab_size, group)
-    labels, valid = checks.check_labels(
-        labels, loss_mask, config, shard.vocab_size, logits.shape[:-1], logits.device
-    )
+    labels, valid = checks.check_labels(labels, loss_mask, config, shard.vocab_size, logits.shape[:-1], logits.device)
     if inplace_backward:
         checks.check_overwritable(logits)
     if backend == "reference":

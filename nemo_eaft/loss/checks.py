@@ -31,9 +31,7 @@ def check_tokens(name: str, tensor: object, shape: torch.Size, device: torch.dev
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.shape != shape:
-        raise ValueError(
-            f"{name} must have the shape of the tokens, {tuple(shape)}, got {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{name} must have the shape of the tokens, {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the logits, got {tensor.device}")
 

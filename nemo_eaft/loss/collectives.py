@@ -127,8 +127,6 @@ def _gather(part: Tensor, ranks: int, group: ProcessGroup | None) -> Tensor:
 
 def _check_group(group: object) -> None:
     if not isinstance(group, ProcessGroup):
-        raise ValueError(
-            f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}"
-        )
+        raise ValueError(f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
         raise ValueError("group must contain this rank, got a group of other ranks")

@@ -133,9 +133,7 @@ class _LinearLoss(torch.autograd.Function):
             chunk = _counted(tokens[rows], target[rows])
             logits = chunk @ weight.t()
             # Our own buffer: the gradient may take its place.
-            write_gradient(
-                logits, logits, target[rows], ctx.shard, maximum[rows], log_sum[rows], coefficient[rows]
-            )
+            write_gradient(logits, logits, target[rows], ctx.shard, maximum[rows], log_sum[rows], coefficient[rows])
             if grad_tokens is not None:
                 grad_tokens[rows] = logits @ weight
             if grad_weight is not None:

@@ -18,9 +18,7 @@ from nemo_eaft.gates import gate_weight
 from nemo_eaft.loss.token_loss import TokenLoss
 
 
-def reference_loss(
-    logits: Tensor, labels: Tensor, valid: Tensor, config: EAFTConfig, vocab_size: int
-) -> TokenLoss:
+def reference_loss(logits: Tensor, labels: Tensor, valid: Tensor, config: EAFTConfig, vocab_size: int) -> TokenLoss:
     """The loss of every token.
 
     Args:

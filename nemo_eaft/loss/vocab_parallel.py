@@ -133,9 +133,7 @@ class _VocabParallelLoss(torch.autograd.Function):
             grad = logits.detach()
         else:
             grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        write_gradient(
-            grad, logits, target, ctx.shard, maximum, log_sum, coefficients(weight, grad_loss, target)
-        )
+        write_gradient(grad, logits, target, ctx.shard, maximum, log_sum, coefficients(weight, grad_loss, target))
         if ctx.inplace_backward:
             # Whoever else saved these logits must get autograd's error, not our gradient.
             torch.autograd.graph.increment_version(logits)

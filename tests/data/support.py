@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # type: ignore[import-untyped]
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nemo_eaft.compose import from_mapping
@@ -20,9 +20,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
 
 _TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 _GENERATE = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-_DEFAULT_SYSTEM = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
-)
+_DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
 
 SMOLLM2 = _DEFAULT_SYSTEM + "{% for m in messages %}" + _TURN + "{% endfor %}" + _GENERATE
 
@@ -115,9 +113,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def make_settings(
-    folder: Path, train: Path | str, validation: Path | str | None = None, **groups: Any
-) -> Settings:
+def make_settings(folder: Path, train: Path | str, validation: Path | str | None = None, **groups: Any) -> Settings:
     """Settings of a small run in ``folder``; ``groups`` are further values, by group."""
     mapping: dict[str, dict[str, Any]] = {
         "model": {"hf": "unused"},

@@ -106,9 +106,7 @@ def test_template_without_generation_prompt_that_trims() -> None:
 def test_template_without_end_token_gets_the_end_of_sequence_token() -> None:
     tokenizer = make_tokenizer(support.PLAIN)
     tokens = tokenize_chat(tokenizer, {"messages": chat("Two?", "Four.")})
-    assert answers(tokenizer, tokens) == [" Four.<|im_end|>"] or answers(tokenizer, tokens) == [
-        "Four.<|im_end|>"
-    ]
+    assert answers(tokenizer, tokens) == [" Four.<|im_end|>"] or answers(tokenizer, tokens) == ["Four.<|im_end|>"]
     assert tokens.input_ids[-1] == tokenizer.eos_token_id
     assert tokens.input_ids.count(tokenizer.eos_token_id) == 1
 
@@ -121,9 +119,7 @@ def test_marks_of_the_template_are_kept() -> None:
     assert_same_ids(tokenizer, tokens, messages)
 
 
-words = st.text(st.characters(codec="utf-8", exclude_characters="<>|"), min_size=1, max_size=40).map(
-    str.strip
-)
+words = st.text(st.characters(codec="utf-8", exclude_characters="<>|"), min_size=1, max_size=40).map(str.strip)
 contents = words.filter(bool)
 
 

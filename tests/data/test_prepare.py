@@ -23,17 +23,11 @@ def tokenizer() -> Any:
 
 
 def written(run: Path) -> list[str]:
-    return (
-        sorted(path.name for path in (run / "run" / "data").glob("*"))
-        if (run / "run" / "data").exists()
-        else []
-    )
+    return sorted(path.name for path in (run / "run" / "data").glob("*")) if (run / "run" / "data").exists() else []
 
 
 def test_chat_rows_become_tokens_with_answers(tmp_path: Path, tokenizer: Any) -> None:
-    settings = make_settings(
-        tmp_path, write_jsonl(tmp_path / "t.jsonl", GOOD), write_jsonl(tmp_path / "v.jsonl", GOOD)
-    )
+    settings = make_settings(tmp_path, write_jsonl(tmp_path / "t.jsonl", GOOD), write_jsonl(tmp_path / "v.jsonl", GOOD))
     prepared = prepare(settings, tokenizer)
     assert (prepared.kind, prepared.train_rows, prepared.validation_rows) == ("chat", 4, 4)
     root = tmp_path / "run" / "data"
@@ -158,14 +152,10 @@ def test_bad_validation_leaves_no_training_file(tmp_path: Path, tokenizer: Any) 
     assert written(tmp_path) == []
 
 
-def test_fewer_validation_rows_than_a_batch(
-    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fewer_validation_rows_than_a_batch(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     train, validation = write_jsonl(tmp_path / "t.jsonl", GOOD), write_jsonl(tmp_path / "v.jsonl", GOOD[:3])
     batch = {"global_batch_size": 4}
-    with pytest.raises(
-        ValueError, match=r"gives 3 rows, fewer than one batch of trainer\.global_batch_size=4"
-    ):
+    with pytest.raises(ValueError, match=r"gives 3 rows, fewer than one batch of trainer\.global_batch_size=4"):
         prepare(make_settings(tmp_path, train, validation, trainer=batch), tokenizer)
     prepare(make_settings(tmp_path, train, validation, trainer=batch | {"val_every": 0}), tokenizer)
     with caplog.at_level(logging.WARNING):

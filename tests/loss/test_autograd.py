@@ -65,9 +65,7 @@ def test_activation_recompute_gives_the_same_bits(use_reentrant: bool) -> None:
     plain = logits.clone().requires_grad_()
     eaft_loss(plain * 2, labels, CONFIG).loss.sum().backward()
     again = logits.clone().requires_grad_()
-    loss = checkpoint(
-        lambda x: eaft_loss(x * 2, labels, CONFIG).loss.sum(), again, use_reentrant=use_reentrant
-    )
+    loss = checkpoint(lambda x: eaft_loss(x * 2, labels, CONFIG).loss.sum(), again, use_reentrant=use_reentrant)
     loss.backward()
     assert plain.grad is not None
     assert again.grad is not None
@@ -191,9 +189,7 @@ def test_the_local_gradient_is_the_slice_of_the_full_one(world_size: int) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_inplace_backward_gives_the_same_bits_in_the_logits_storage(
-    dtype: torch.dtype, world_size: int
-) -> None:
+def test_inplace_backward_gives_the_same_bits_in_the_logits_storage(dtype: torch.dtype, world_size: int) -> None:
     logits, labels = batch(dtype)
     logits[3] = torch.nan
     labels[3] = -100

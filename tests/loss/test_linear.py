@@ -139,9 +139,7 @@ def test_a_nan_at_a_counted_token_is_nan_on_every_rank() -> None:
 @pytest.mark.parametrize("kind", ["ordinary", "all masked", "no tokens", "nan"])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_collectives_are_the_same_for_every_batch(
-    kind: str, sequence_parallel: bool, world_size: int
-) -> None:
+def test_the_collectives_are_the_same_for_every_batch(kind: str, sequence_parallel: bool, world_size: int) -> None:
     hidden, weight, labels, _ = problem()
     if kind == "all masked":
         labels = torch.full_like(labels, -100)
@@ -177,10 +175,7 @@ def test_the_collectives_are_the_same_for_every_batch(
         (2, True): [gathers, gathers, "backward", gathers, reduces],
     }[world_size, sequence_parallel]
     for calls in results:
-        names = [
-            name.removesuffix("_single").removesuffix("_into_tensor").removesuffix("_tensor")
-            for name, _ in calls
-        ]
+        names = [name.removesuffix("_single").removesuffix("_into_tensor").removesuffix("_tensor") for name, _ in calls]
         assert names == want
 
 

@@ -49,9 +49,7 @@ class _MutatingFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         with open(self._origin) as file:
             source = file.read()
-        assert source.count(self._old) == 1, (
-            f"{self._old!r} stands {source.count(self._old)} times in {self._module}"
-        )
+        assert source.count(self._old) == 1, f"{self._old!r} stands {source.count(self._old)} times in {self._module}"
         exec(compile(source.replace(self._old, self._new), self._origin, "exec"), module.__dict__)
 
 
@@ -80,9 +78,7 @@ def mutated(module: str, old: str, new: str) -> Iterator[Loss]:
         nemo_eaft.loss = original
 
 
-def ranked(
-    loss: Loss, logits: Tensor, labels: Tensor, config: EAFTConfig, world_size: int, vocab: int
-) -> Any:
+def ranked(loss: Loss, logits: Tensor, labels: Tensor, config: EAFTConfig, world_size: int, vocab: int) -> Any:
     """(values of each rank, gradient, logits of each rank afterwards) with an uneven upstream gradient."""
     upstream = torch.arange(1.0, labels.numel() + 1).view(labels.shape)
 

@@ -72,9 +72,7 @@ def test_what_is_at_a_masked_token_reaches_nothing(
         kwargs = {"labels": torch.where(mask.bool(), labels, -100), "loss_mask": None}
 
     def run(logits: Tensor) -> Ranked:
-        return run_sharded(
-            logits, config=config, world_size=world_size, vocab_size=40, upstream=upstream, **kwargs
-        )
+        return run_sharded(logits, config=config, world_size=world_size, vocab_size=40, upstream=upstream, **kwargs)
 
     got, want = run(dirty), run(clean)
     for out in got.outs:
@@ -151,12 +149,8 @@ def test_gathered_logits_are_refused() -> None:
     def rank_loss(rank: int) -> None:
         group = dist.group.WORLD
         for width in (40, 48):  # the true vocabulary, and the padded one
-            with pytest.raises(
-                ValueError, match=rf"local size {width} .* vocab_size 40, with a world size of 2"
-            ):
-                eaft_loss(
-                    torch.randn(3, width), torch.zeros(3).long(), EAFTConfig(), vocab_size=40, group=group
-                )
+            with pytest.raises(ValueError, match=rf"local size {width} .* vocab_size 40, with a world size of 2"):
+                eaft_loss(torch.randn(3, width), torch.zeros(3).long(), EAFTConfig(), vocab_size=40, group=group)
 
     run_threads(rank_loss, 2)
 
@@ -164,9 +158,7 @@ def test_gathered_logits_are_refused() -> None:
 @sizes
 @configs
 @pytest.mark.parametrize("filler", [0.0, 80.0, math.inf, math.nan, -math.inf])
-def test_padding_columns_are_excluded_whatever_they_hold(
-    config: EAFTConfig, world_size: int, filler: float
-) -> None:
+def test_padding_columns_are_excluded_whatever_they_hold(config: EAFTConfig, world_size: int, filler: float) -> None:
     torch.manual_seed(0)
     real = torch.randn(6, 37)
     labels = torch.tensor([0, 36, 5, 18, 19, 20])
@@ -327,9 +319,7 @@ def test_no_entropy_and_alpha_below_one(world_size: int) -> None:
 @sizes
 @configs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_float32_of_the_same_values(
-    config: EAFTConfig, world_size: int, dtype: torch.dtype
-) -> None:
+def test_low_precision_is_float32_of_the_same_values(config: EAFTConfig, world_size: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     logits = (torch.randn(8, 40) * 4).to(dtype)
     labels = torch.randint(0, 40, (8,))

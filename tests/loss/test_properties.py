@@ -43,18 +43,12 @@ def cases(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES) -> C
     # Labels at the ends of shards as often as anywhere else; never at a -Inf.
     ends = [end for r in range(world_size) for end in (r * width, r * width + width - 1) if end < vocab]
     chosen = [
-        draw(
-            st.sampled_from(
-                [end for end in ends if not logits[t, end].isinf()] or [int(logits[t, :vocab].argmax())]
-            )
-        )
+        draw(st.sampled_from([end for end in ends if not logits[t, end].isinf()] or [int(logits[t, :vocab].argmax())]))
         if draw(st.booleans())
         else int(logits[t, :vocab].nan_to_num(neginf=-1e9).argsort()[-1 - draw(st.integers(0, vocab - 2))])
         for t in range(tokens)
     ]
-    mask = torch.tensor(
-        draw(st.lists(st.integers(0, 1), min_size=tokens, max_size=tokens)), dtype=torch.int64
-    )
+    mask = torch.tensor(draw(st.lists(st.integers(0, 1), min_size=tokens, max_size=tokens)), dtype=torch.int64)
     logits[mask == 0] = draw(st.sampled_from([0.0, math.nan, math.inf]))
     upstream = torch.randn(tokens)
     labels = torch.tensor(chosen, dtype=torch.int64)
@@ -89,9 +83,7 @@ def test_the_formula(case: Case, config: EAFTConfig) -> None:
     calm = ~steep
     for name, atol in (("cross_entropy", 1e-5), ("entropy", 5e-6), ("weight", 5e-6), ("loss", 1e-5)):
         value, reference = getattr(got.out, name).double(), getattr(want, name)
-        tolerance: dict[str, Any] = (
-            {"rtol": 1e-12, "atol": 1e-12} if double else {"rtol": 1.3e-6, "atol": atol}
-        )
+        tolerance: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12} if double else {"rtol": 1.3e-6, "atol": atol}
         keep = calm if name in ("weight", "loss") else torch.ones_like(calm)
         torch.testing.assert_close(value[keep], reference[keep], **tolerance)
     assert got.gradient.dtype == case.logits.dtype
@@ -107,9 +99,7 @@ def test_the_formula(case: Case, config: EAFTConfig) -> None:
 @given(cases(), st.sampled_from([None, 2, 20]), st.sampled_from([0.5, 1.0, 3.0]))
 def test_bounds(case: Case, top_k: int | None, alpha: float) -> None:
     config = EAFTConfig(top_k=top_k, alpha=alpha)
-    out = run_sharded(
-        case.logits, case.labels, config, case.world_size, vocab_size=case.vocab, loss_mask=case.mask
-    ).out
+    out = run_sharded(case.logits, case.labels, config, case.world_size, vocab_size=case.vocab, loss_mask=case.mask).out
     assert ((out.weight >= 0) & (out.weight <= 1)).all()
     assert (out.cross_entropy >= 0).all()
     bound = torch.tensor(config.entropy_bound(case.vocab), dtype=out.entropy.dtype)
@@ -119,13 +109,9 @@ def test_bounds(case: Case, top_k: int | None, alpha: float) -> None:
 
 @settings(max_examples=40)
 @given(cases(st.just(torch.float64)), CONFIGS, st.sampled_from([-1e4, -3.0, 1e4]))
-def test_adding_a_constant_to_the_logits_changes_nothing(
-    case: Case, config: EAFTConfig, offset: float
-) -> None:
+def test_adding_a_constant_to_the_logits_changes_nothing(case: Case, config: EAFTConfig, offset: float) -> None:
     def run(logits: Tensor) -> tuple[Tensor, Tensor]:
-        got = run_sharded(
-            logits, case.labels, config, case.world_size, vocab_size=case.vocab, loss_mask=case.mask
-        )
+        got = run_sharded(logits, case.labels, config, case.world_size, vocab_size=case.vocab, loss_mask=case.mask)
         return got.out.loss, got.gradient
 
     loss, gradient = run(case.logits)
@@ -137,16 +123,12 @@ def test_adding_a_constant_to_the_logits_changes_nothing(
 
 @settings(max_examples=40)
 @given(cases(st.just(torch.float64)), CONFIGS, st.randoms(use_true_random=False))
-def test_the_order_of_the_vocabulary_changes_nothing(
-    case: Case, config: EAFTConfig, source: random.Random
-) -> None:
+def test_the_order_of_the_vocabulary_changes_nothing(case: Case, config: EAFTConfig, source: random.Random) -> None:
     order = list(range(case.vocab))
     source.shuffle(order)
     place = torch.tensor(order).argsort()
     columns = torch.cat((torch.tensor(order), torch.arange(case.vocab, case.logits.shape[-1])))
-    one = run_sharded(
-        case.logits, case.labels, config, case.world_size, vocab_size=case.vocab, loss_mask=case.mask
-    )
+    one = run_sharded(case.logits, case.labels, config, case.world_size, vocab_size=case.vocab, loss_mask=case.mask)
     two = run_sharded(
         case.logits[:, columns],
         place[case.labels],
@@ -175,9 +157,7 @@ def test_the_gradient_is_linear_in_what_comes_upstream(case: Case, config: EAFTC
             upstream=upstream,
         ).gradient
 
-    torch.testing.assert_close(
-        run(factor * case.upstream), factor * run(case.upstream), rtol=3e-7, atol=1e-37
-    )
+    torch.testing.assert_close(run(factor * case.upstream), factor * run(case.upstream), rtol=3e-7, atol=1e-37)
 
 
 @settings(max_examples=30)

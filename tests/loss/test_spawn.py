@@ -31,8 +31,7 @@ def tensor_parallel(rank: int) -> dict[Any, Any]:
                 out.loss.sum().backward()
             results[name, top_k] = (TokenLoss(*(value.detach() for value in out)), part.grad)
             counts = tuple(
-                {str(op): count for op, count in mode.get_comm_counts().items()}
-                for mode in (forward, backward)
+                {str(op): count for op, count in mode.get_comm_counts().items()} for mode in (forward, backward)
             )
             results["counts"][name, top_k] = counts
     torch.manual_seed(0)
@@ -70,9 +69,7 @@ def runs() -> Runs:
     """By world size, the results of both functions, a list over ranks each: one start-up for several
     tests."""
     both = {2: run_ranks(two_ranks, 2, timeout=120), 4: run_ranks(four_ranks, 4, timeout=120)}
-    return {
-        size: ([first for first, _ in ranks], [second for _, second in ranks]) for size, ranks in both.items()
-    }
+    return {size: ([first for first, _ in ranks], [second for _, second in ranks]) for size, ranks in both.items()}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -101,9 +98,7 @@ def test_tensor_parallel_over_gloo(world_size: int, runs: Runs) -> None:
         assert torch.equal(loss, whole[0][0])
         assert torch.equal(h, whole[0][1])
         assert torch.equal(w, w_sp)
-    torch.testing.assert_close(
-        torch.cat([h for _, h, _ in split]), whole[0][1], rtol=2 * 2**-7, atol=2 * 2**-7
-    )
+    torch.testing.assert_close(torch.cat([h for _, h, _ in split]), whole[0][1], rtol=2 * 2**-7, atol=2 * 2**-7)
 
 
 DATA_ROWS = [slice(0, 3), slice(3, 8)]

@@ -16,9 +16,7 @@ MAKERS: dict[str, Callable[[int, int], Tensor]] = {
     "random": lambda rows, width: torch.randn(rows, width),
     "ties": lambda rows, width: torch.randint(0, 4, (rows, width)).float(),
     "equal": lambda rows, width: torch.full((rows, width), 0.25),
-    "one block": lambda rows, width: torch.randn(rows, width).index_fill_(
-        1, torch.arange(min(30, width)), 9.0
-    ),
+    "one block": lambda rows, width: torch.randn(rows, width).index_fill_(1, torch.arange(min(30, width)), 9.0),
     "ascending": lambda rows, width: torch.arange(width).float().expand(rows, width).clone(),
     "descending": lambda rows, width: -torch.arange(width).float().expand(rows, width).clone(),
     "offset": lambda rows, width: torch.randn(rows, width) - 5000,

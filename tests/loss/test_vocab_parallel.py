@@ -113,9 +113,7 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
 def test_several_ranks_need_the_vocabulary_size() -> None:
     def rank_loss(rank: int) -> None:
         part = shard(LOGITS, rank, 2)
-        with pytest.raises(
-            ValueError, match=r"vocab_size is required .* got None with 2 ranks: the local size 20"
-        ):
+        with pytest.raises(ValueError, match=r"vocab_size is required .* got None with 2 ranks: the local size 20"):
             eaft_loss(part, LABELS, CONFIG, group=dist.group.WORLD)
         with pytest.raises(ValueError, match=r"local size x world size = 20 x 2 = 40, got 41"):
             eaft_loss(part, LABELS, CONFIG, group=dist.group.WORLD, vocab_size=41)
@@ -146,9 +144,7 @@ def test_ranks_may_hold_nothing_but_padding() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_memory_never_a_large_tensor_but_the_gradient(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_never_a_large_tensor_but_the_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, vocab = 64, 4096
     monkeypatch.setitem(rows._BLOCK_BYTES, "cpu", 4 * vocab * 4)
     block = 4 * vocab * 4
@@ -240,6 +236,4 @@ def test_a_uniform_row_has_weight_one_and_never_more() -> None:
         for config in (EAFTConfig(), EAFTConfig(top_k=None)):
             out = eaft_loss(torch.full((1, vocab), 0.3), torch.zeros(1, dtype=torch.int64), config)
             assert 1 - 1e-6 < out.weight.item() <= 1
-            assert out.entropy.item() == pytest.approx(
-                math.log(config.effective_top_k(vocab) or vocab), abs=1e-6
-            )
+            assert out.entropy.item() == pytest.approx(math.log(config.effective_top_k(vocab) or vocab), abs=1e-6)

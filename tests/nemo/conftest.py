@@ -75,8 +75,7 @@ def assemble(parts: list[dict[str, list[Any]]]) -> dict[str, torch.Tensor]:
                 tensor = whole.setdefault(name, torch.zeros(piece.shape, dtype=piece.data.dtype))
                 known = filled.setdefault(name, torch.zeros(piece.shape, dtype=torch.bool))
                 place = tuple(
-                    slice(start, start + size)
-                    for start, size in zip(piece.offset, piece.data.shape, strict=True)
+                    slice(start, start + size) for start, size in zip(piece.offset, piece.data.shape, strict=True)
                 )
                 again = known[place]
                 assert torch.equal(tensor[place][again], piece.data[again]), f"{name} differs on rank {rank}"

@@ -162,9 +162,7 @@ def _with_callback(recorder: Recorder, plan: Plan) -> None:
         unwanted = [] if plan.callback else [EAFTCallback]
         # Lightning adds a checkpoint callback of its own where none is given.
         unwanted += [] if plan.save else [ModelCheckpoint]
-        trainer.callbacks = [
-            callback for callback in trainer.callbacks if not isinstance(callback, tuple(unwanted))
-        ]
+        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, tuple(unwanted))]
         trainer.callbacks.append(recorder)
         return finetune(*args, trainer=trainer, **kwargs)
 
@@ -174,8 +172,8 @@ def _with_callback(recorder: Recorder, plan: Plan) -> None:
 def _without_checkpoints() -> None:
     build = nemo_eaft.train.build_logger
 
-    def without(*args: Any) -> Any:
-        logger = build(*args)
+    def without(settings: Settings, run_dir: Path) -> Any:
+        logger = build(settings, run_dir)
         logger.ckpt = None
         return logger
 
@@ -329,13 +327,11 @@ class _Mistake(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         for chunk in trainer.strategy.megatron_parallel:
-            model = unwrap(chunk)
+            model: Any = unwrap(chunk)
             if self._mistake == "per-token off":
                 chunk.config.calculate_per_token_loss = False
             elif self._mistake == "replaced" and model.post_process:
-                model.compute_language_model_loss = types.MethodType(
-                    type(model).compute_language_model_loss, model
-                )
+                model.compute_language_model_loss = types.MethodType(type(model).compute_language_model_loss, model)
             elif self._mistake == "not a number" and model.post_process:
                 # One logit of every token: only the ranks that hold it see it by themselves.
                 model.output_layer.weight.data[0] = float("nan")

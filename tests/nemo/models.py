@@ -101,7 +101,7 @@ def write_rows(path: Path, count: int, seed: int) -> None:
 
 
 def run_settings(hf: Path, rows: Path, run_dir: Path, **changes: Any) -> Settings:
-    """A run on `rows/training.jsonl` and `rows/validation.jsonl`; `changes` are `trainer`, `parallel`, `loss` groups."""
+    """A run on `rows/training.jsonl` and `rows/validation.jsonl`; `changes` are groups of settings."""
     trainer: dict[str, Any] = {
         "max_steps": 10,
         "micro_batch_size": 2,
@@ -118,9 +118,7 @@ def run_settings(hf: Path, rows: Path, run_dir: Path, **changes: Any) -> Setting
     parallel = changes.get("parallel", {})
     settings = Settings(
         model=ModelSettings(hf=str(hf)),
-        data=DataSettings(
-            train=str(rows / "training.jsonl"), validation=str(rows / "validation.jsonl"), num_workers=0
-        ),
+        data=DataSettings(train=str(rows / "training.jsonl"), validation=str(rows / "validation.jsonl"), num_workers=0),
         loss=LossSettings(**changes.get("loss", {})),
         parallel=ParallelSettings(**parallel),
         trainer=TrainerSettings(**trainer),

@@ -4,17 +4,19 @@ Importing NeMo takes some 17 s a process. `multiprocessing`'s fork server pays t
 `preload.py`); a rank then starts in a fraction of a second, and is as separate a process as any.
 """
 
+import contextlib
 import datetime
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,7 @@ def run_ranks(
     start_server()
     context = multiprocessing.get_context("forkserver")
     # The ranks are clients of this store, as under torchrun: its port is the system's choice and is never let go.
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=GROUP_TIMEOUT, use_libuv=True
     )
     with tempfile.TemporaryDirectory() as name:
@@ -99,7 +101,7 @@ def _start(process: BaseProcess) -> None:
         ) from error
 
 
-def _wait(processes: list[BaseProcess], folder: Path, timeout: float, dies: bool) -> bool:
+def _wait(processes: Sequence[BaseProcess], folder: Path, timeout: float, dies: bool) -> bool:
     deadline = time.monotonic() + timeout
     while True:
         codes = [process.exitcode for process in processes]
@@ -135,11 +137,13 @@ def _end(process: BaseProcess) -> None:
     if process.exitcode is None:
         process.kill()
     process.join(10)
+    # Megatron's checkpoint writer starts a process (200 MB) that outlives a rank which ends by os._exit or a signal.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
-def _rank(
-    job: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, folder: Path
-) -> None:
+def _rank(job: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, folder: Path) -> None:
+    os.setsid()
     output = os.open(folder / f"output_{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -162,7 +166,7 @@ def _rank(
         _limit_group_timeouts()
         torch.set_num_threads(1)
         # The run would ask for all cores; threads that spin while they wait for each other cost more than they bring.
-        torch.set_num_threads = lambda number: None
+        torch.set_num_threads = lambda nthreads: None
         with poisoned_empty():
             result = job(*args)
         temporary = folder / f"writing_{rank}"

@@ -43,7 +43,11 @@ OTHER_FAMILIES = {
 
 def train(workshop: Workshop, name: str, layout: Layout, family: str = "llama", **trainer: Any) -> Run:
     return workshop.train(
-        name, family, world=layout.world, parallel=layout.parallel, trainer={"max_steps": STEPS} | layout.trainer | trainer
+        name,
+        family,
+        world=layout.world,
+        parallel=layout.parallel,
+        trainer={"max_steps": STEPS} | layout.trainer | trainer,
     )
 
 

@@ -40,9 +40,9 @@ def test_a_padded_vocabulary_takes_no_part(workshop: Workshop, tmp_path: Path) -
     rows = recorder.read(tmp_path / "eaft" / "metrics.jsonl")
     for name in ("loss", "cross_entropy", "entropy", "weight"):
         assert rows[0][name] == pytest.approx(expected[name], abs=1e-5), name
-    held_out = reference.means(
-        reference.row_sums(workshop.model("llama", **model), workshop.validation_rows).values()
-    )["cross_entropy"]
+    held_out = reference.means(reference.row_sums(workshop.model("llama", **model), workshop.validation_rows).values())[
+        "cross_entropy"
+    ]
     assert ranks[0].val_losses == pytest.approx([held_out], abs=1e-5)
     assert rows[1] == {"step": 1, "val_loss": pytest.approx(held_out, abs=1e-5)}
 
@@ -83,7 +83,5 @@ def test_the_line_is_enough(workshop: Workshop, tmp_path: Path) -> None:
     expected = reference.means(workshop.sums("llama")[answer] for answer in answers)
     assert len(answers) == 8
     assert ranks[0].losses[0] == pytest.approx(expected["loss"], abs=1e-5)
-    norm = reference.gradient_norm(
-        workshop.model("llama"), {answer: workshop.train_rows[answer] for answer in answers}
-    )
+    norm = reference.gradient_norm(workshop.model("llama"), {answer: workshop.train_rows[answer] for answer in answers})
     assert ranks[0].gradient_norms[0] == pytest.approx(norm, rel=1e-5)

@@ -18,7 +18,11 @@ def train(workshop: Workshop, kind: str, size: str) -> Run:
     if kind == "alpha=0":
         loss["alpha"] = 0.0
     # Weights that do not move, for a validation of both on the same ones.
-    rate = {"learning_rate": 0.0, "max_steps": 1, "val_every": 1, "val_batches": 1} if kind == "eaft" else {"max_steps": STEPS, "val_every": STEPS}
+    rate = (
+        {"learning_rate": 0.0, "max_steps": 1, "val_every": 1, "val_batches": 1}
+        if kind == "eaft"
+        else {"max_steps": STEPS, "val_every": STEPS}
+    )
     return workshop.train(
         f"{kind}-{size}", world=world, parallel=parallel, loss=loss, trainer=rate, plan={"callback": kind != "stock"}
     )
