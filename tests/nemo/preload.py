@@ -27,7 +27,7 @@ from nemo.collections import llm as _llm  # noqa: F401
 import nemo_eaft.convert
 import nemo_eaft.data.module
 import nemo_eaft.nemo
-import nemo_eaft.train  # noqa: F401
+import nemo_eaft.train
 
 gc.collect()
 # Forks share the pages of what lives now; the collector would write to them.
