@@ -99,7 +99,9 @@ class Recorder(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.seen.final = pieces(trainer.strategy.megatron_parallel)
         for optimizer in trainer.optimizers:
-            self.seen.optimizer += tensors(optimizer.state_dict())
+            core = optimizer.mcore_optimizer
+            for part in getattr(core, "chained_optimizers", [core]):
+                self.seen.optimizer += tensors(part.optimizer.state_dict())
 
 
 def pieces(model: Any) -> dict[str, list[Piece]]:
@@ -121,11 +123,11 @@ def pieces(model: Any) -> dict[str, list[Piece]]:
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
-    """Every tensor in nested dicts and lists, in order."""
+    """Every tensor in nested dicts and lists, dicts in the order of their keys' names."""
     if isinstance(value, torch.Tensor):
         return [value.detach().clone()]
     if isinstance(value, dict):
-        value = list(value.values())
+        value = [value[key] for key in sorted(value, key=str)]
     return [tensor for item in value for tensor in tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
@@ -268,7 +270,7 @@ def script(spec: Script) -> Recorded:
         ),
         max_steps=1,
         val_check_interval=1,
-        limit_val_batches=2,
+        limit_val_batches=1,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_progress_bar=False,
