@@ -40,9 +40,9 @@ def test_a_padded_vocabulary_takes_no_part(workshop: Workshop, tmp_path: Path) -
     for name in ("loss", "cross_entropy", "entropy", "weight"):
         assert rows[0][name] == pytest.approx(expected[name], abs=1e-5), name
 
-    # Megatron's own loss counts the padding.
+    # Megatron's own loss counts the padding in the denominator.
     stock = run_script(workshop, tmp_path / "stock", callback=False, **common)
-    assert abs(stock[0].val_losses[0] - ranks[0].val_losses[0]) > 1e-2
+    assert stock[0].val_losses[0] > ranks[0].val_losses[0]
 
 
 @pytest.mark.parametrize(
