@@ -39,10 +39,14 @@ def test_a_padded_vocabulary_takes_no_part(workshop: Workshop, tmp_path: Path) -
     rows = recorder.read(tmp_path / "eaft" / "metrics.jsonl")
     for name in ("loss", "cross_entropy", "entropy", "weight"):
         assert rows[0][name] == pytest.approx(expected[name], abs=1e-5), name
+    validated = dict(list(workshop.validation_rows.items())[:8])
+    held_out = reference.means(reference.row_sums(workshop.model("llama", **model), validated).values())
+    assert rows[1] == {"step": 1, "val_loss": pytest.approx(held_out["cross_entropy"], abs=1e-5)}
+    assert ranks[0].val_losses == pytest.approx([held_out["cross_entropy"]], abs=1e-5)
 
     # Megatron's own loss counts the padding in the denominator.
     stock = run_script(workshop, tmp_path / "stock", callback=False, **common)
-    assert stock[0].val_losses[0] > ranks[0].val_losses[0]
+    assert stock[0].val_losses[0] - held_out["cross_entropy"] > 1e-3
 
 
 @pytest.mark.parametrize(
