@@ -1,8 +1,10 @@
-"""Files that are either the old one or the whole new one, whenever the process dies."""
+"""Files and folders that are either the old one or the whole new one, whenever the process dies."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,3 +33,21 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, renamed to `target` when the block ends well and removed when it does not.
+
+    An existing `target` is replaced only then, so a failed attempt leaves the previous one as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

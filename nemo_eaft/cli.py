@@ -111,11 +111,10 @@ def _import(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from nemo_eaft.compose import compose
     from nemo_eaft.launch import check_world, launched, run_local, write_error
+    from nemo_eaft.ready import check_run_dir, make_ready, wait_ready
 
     settings = compose(arguments.conf, arguments.overrides)
     place = launched()
-    from nemo_eaft.ready import check_run_dir, make_ready, wait_ready
-
     if place is None:
         if make_ready(settings).finished:
             print(f"run.dir={settings.run.dir}: finished, all {settings.trainer.max_steps} steps are done")

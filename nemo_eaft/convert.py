@@ -17,14 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from nemo_eaft.atomic import complete_folder
 
 # Hugging Face `model_type` -> NeMo model of nemo.collections.llm 2.7.3.
 FAMILIES = {
@@ -46,24 +46,6 @@ _JOB_VARIABLES = (
     "GROUP_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "RANK", "ROLE_", "SLURM_", "TORCHELASTIC_", "WORLD_SIZE",
 )  # fmt: skip
 """Variables, or the beginnings of their names, by which Lightning would take a process for one rank of a job."""
-
-
-@contextmanager
-def complete_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, renamed to `target` when the block ends well and removed when it does not.
-
-    An existing `target` is replaced only then, so a failed attempt leaves the previous one as it was.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def nemo_model_class(model_type: str) -> type:
@@ -202,7 +184,7 @@ def convert_to_nemo(source: Path, output: Path, tokenizer: str | None = None, tr
                 f"model.tokenizer: {tokens} tokens, but the model has {vocab_size} rows (vocab_size); "
                 f"a label above them has no logit"
             )
-        # The context that NeMo saves with the model records the tokenizer's folder, so it needs its final name.
+        # NeMo copies the tokenizer's folder into context/ under its own name, so no path of this temporary one stays.
         _importer(source, hf_files, trust_remote_code).apply(folder)
         manifest = {"source": str(source), "vocab_size": vocab_size, "tokens": tokens}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

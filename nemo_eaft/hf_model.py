@@ -22,8 +22,8 @@ def imported_folder(model: ModelSettings, folder: Path) -> Path:
     """Where the converted checkpoint of a model belongs.
 
     Args:
-        model: ``model.imported`` wins if it is set; ``model.tokenizer`` takes part, for the checkpoint holds
-        it. folder: the local folder of ``model.hf``.
+        model: ``model.imported`` wins if it is set; ``model.tokenizer`` takes part, for the checkpoint holds it.
+        folder: the local folder of ``model.hf``.
 
     Returns:
         ``<home>/imported/<name>-<12 digits>``. The digits change with any file of the model (name, size, time

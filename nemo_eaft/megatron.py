@@ -160,7 +160,7 @@ def attach(
         return None
     if _METHOD in core.__dict__:
         raise ValueError(f"model: {type(core).__name__}.{_METHOD} is replaced already; detach(model) first")
-    padded = _padded_vocab_size(core)
+    padded = getattr(core, "vocab_size", None)
     if padded is not None and not 2 <= vocab_size <= padded:
         raise ValueError(f"vocab_size: {vocab_size}; allowed: 2 to {padded}, the model's padded vocabulary")
     loss = AttachedLoss(core, config, vocab_size, _tensor_parallel_group(core), measure_only)
@@ -203,10 +203,6 @@ def _tensor_parallel_group(core: Any) -> ProcessGroup | None:
     from megatron.core import parallel_state
 
     return parallel_state.get_tensor_model_parallel_group()
-
-
-def _padded_vocab_size(core: Any) -> int | None:
-    return getattr(core, "vocab_size", None)
 
 
 def _check_labels_under_mask(labelled: Tensor, loss_mask: Tensor, ignore_index: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eaft.convert import MANIFEST
+from nemo_eaft.data import build_module
 from nemo_eaft.ready import checkpoints_in
 from nemo_eaft.settings import Settings
 
@@ -54,7 +55,7 @@ def run_training(settings: Settings, checkpoint: Path) -> None:
     )
     llm.finetune(
         model=model,
-        data=build_data(settings, model.tokenizer, run_dir),
+        data=build_module(settings, run_dir / "data", model.tokenizer),
         trainer=trainer,
         log=build_logger(settings, run_dir),
         resume=build_resume(settings, run_dir, checkpoint),
@@ -95,16 +96,19 @@ def build_model(settings: Settings, checkpoint: Path) -> Any:
     return model
 
 
-def model_overrides(settings: Settings) -> dict[str, Any]:
-    """Fields of NeMo's model configuration that the run decides."""
+def _dtype(settings: Settings) -> Any:
+    """What weights are held in: `torch.bfloat16` or `torch.float32`."""
     import torch
 
-    trainer = settings.trainer
-    half = trainer.precision == "bf16"
-    dtype = torch.bfloat16 if half else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.trainer.precision]
+
+
+def model_overrides(settings: Settings) -> dict[str, Any]:
+    """Fields of NeMo's model configuration that the run decides."""
+    trainer, dtype = settings.trainer, _dtype(settings)
     overrides = {
         "seq_length": max(trainer.seq_length, settings.data.packed_size or 0),
-        "bf16": half,
+        "bf16": trainer.precision == "bf16",
         "fp16": False,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -148,11 +152,9 @@ def set_model_config(model: Any, overrides: Mapping[str, Any]) -> None:
 def build_optimizer(settings: Settings) -> Any:
     """NeMo's Megatron optimizer: AdamW with warm-up and cosine decay."""
     import nemo.lightning as nl
-    import torch
     from megatron.core.optimizer import OptimizerConfig
 
     trainer = settings.trainer
-    half = trainer.precision == "bf16"
     config = OptimizerConfig(
         optimizer="adam",
         lr=trainer.learning_rate,
@@ -161,8 +163,8 @@ def build_optimizer(settings: Settings) -> Any:
         adam_beta1=trainer.adam_beta1,
         adam_beta2=trainer.adam_beta2,
         clip_grad=trainer.clip_grad,
-        bf16=half,
-        params_dtype=torch.bfloat16 if half else torch.float32,
+        bf16=trainer.precision == "bf16",
+        params_dtype=_dtype(settings),
         use_distributed_optimizer=trainer.distributed_optimizer,
     )
     schedule = nl.lr_scheduler.CosineAnnealingScheduler(
@@ -177,11 +179,9 @@ def build_optimizer(settings: Settings) -> Any:
 def build_trainer(settings: Settings) -> Any:
     """NeMo's trainer on a MegatronStrategy."""
     import nemo.lightning as nl
-    import torch
     from megatron.core.distributed import DistributedDataParallelConfig
 
     parallel, trainer = settings.parallel, settings.trainer
-    half = trainer.precision == "bf16"
     on_cpu = settings.run.backend == "cpu"
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=parallel.tensor,
@@ -190,7 +190,7 @@ def build_trainer(settings: Settings) -> Any:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         sequence_parallel=parallel.sequence,
-        pipeline_dtype=(torch.bfloat16 if half else torch.float32) if parallel.pipeline > 1 else None,
+        pipeline_dtype=_dtype(settings) if parallel.pipeline > 1 else None,
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=trainer.distributed_optimizer,
             grad_reduce_in_fp32=True,
@@ -203,7 +203,7 @@ def build_trainer(settings: Settings) -> Any:
         replace_progress_bar=False,
     )
     validate = settings.data.validation is not None and trainer.val_every > 0
-    plugins = [nl.MegatronMixedPrecision(precision="bf16-mixed")] if half else None
+    plugins = [nl.MegatronMixedPrecision(precision="bf16-mixed")] if trainer.precision == "bf16" else None
     return nl.Trainer(
         accelerator="cpu" if on_cpu else "gpu",
         devices=trainer.gpus_per_node,
@@ -256,13 +256,6 @@ def build_logger(settings: Settings, run_dir: Path) -> Any:
         wandb=wandb,
         ckpt=checkpoints,
     )
-
-
-def build_data(settings: Settings, tokenizer: Any, run_dir: Path) -> Any:
-    """NeMo's data module over the checked rows below `run.dir`."""
-    from nemo_eaft.data import build_module
-
-    return build_module(settings, run_dir / "data", tokenizer)
 
 
 def main(argv: list[str]) -> int:

@@ -32,13 +32,11 @@ _FUSIONS = (
 )
 # Frees a stage's output once it is sent; gloo may still be reading it then (pipeline_parallel/schedules.py).
 _ASYNCHRONOUS = ("deallocate_pipeline_outputs",)
-
-
 # Layers whose local form writes other checkpoint names than Transformer Engine's: neither could read the other's.
 _DENSE_ONLY = ("num_moe_experts", "multi_latent_attention")
 
 
-def _without_fusions(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+def _for_the_host(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
     def wrapped(self: TransformerConfig) -> None:
         for field in _DENSE_ONLY:
             if getattr(self, field, None):
@@ -80,7 +78,7 @@ def patches() -> list[Patch]:
         Patch(
             owner=TransformerConfig,
             name="__post_init__",
-            value=_without_fusions(TransformerConfig.__post_init__),
+            value=_for_the_host(TransformerConfig.__post_init__),
             reason="fused kernels are the default (transformer/transformer_config.py) and need a GPU or a compiler",
         ),
         Patch(
