@@ -73,6 +73,12 @@ def check_model(settings: Settings, hf_config: Any, tokenizer: Any) -> None:
             f"parallel.tensor={parallel.tensor} must divide the {heads} attention heads and {kv_heads} "
             f"key-value heads of {settings.model.hf}: allowed are {', '.join(map(str, allowed))}"
         )
+    vocab_size = hf_config.vocab_size
+    if vocab_size % parallel.tensor:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} must divide the {vocab_size} rows of the vocabulary of "
+            f"{settings.model.hf} (vocab_size): a converted model is not padded"
+        )
     layers = hf_config.num_hidden_layers
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if layers % chunks:
@@ -87,10 +93,10 @@ def check_model(settings: Settings, hf_config: Any, tokenizer: Any) -> None:
     if parallel.expert > 1 and (experts is None or experts % parallel.expert):
         there = "has no experts: allowed is 1" if experts is None else f"has {experts} experts, which it must divide"
         raise ValueError(f"parallel.expert={parallel.expert}: {settings.model.hf} {there}")
-    if len(tokenizer) > hf_config.vocab_size:
+    if len(tokenizer) > vocab_size:
         raise ValueError(
             f"model.tokenizer={settings.model.tokenizer or settings.model.hf} has {len(tokenizer)} tokens, "
-            f"the model {settings.model.hf} only {hf_config.vocab_size} rows (vocab_size): a label above "
+            f"the model {settings.model.hf} only {vocab_size} rows (vocab_size): a label above "
             f"them would have no logit"
         )
     positions = getattr(hf_config, "max_position_embeddings", None)

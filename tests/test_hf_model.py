@@ -36,7 +36,7 @@ def settings(ranks: int = 1, **groups: dict[str, Any]) -> Settings:
     return from_mapping(base)
 
 
-LLAMA = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, vocab_size=100)
+LLAMA = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, vocab_size=102)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,12 @@ def test_layouts_that_do_not(groups: dict[str, Any], ranks: int, named: str) -> 
     assert named in str(error.value)
 
 
+def test_a_vocabulary_that_the_ranks_cannot_share_evenly() -> None:
+    odd = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=100)
+    with pytest.raises(ValueError, match="parallel.tensor=3 must divide the 100 rows of the vocabulary of org/name"):
+        check_model(settings(3, parallel={"tensor": 3}), odd, Sized(100))
+
+
 def test_the_rule_for_heads_is_megatrons() -> None:
     """More ranks than key-value heads are refused there, so they are here."""
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -99,9 +105,9 @@ def test_the_rule_for_heads_is_megatrons() -> None:
         return True
 
     def ours(tensor: int) -> bool:
-        config = Qwen2Config(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, vocab_size=9)
+        config = Qwen2Config(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, vocab_size=8)
         try:
-            check_model(settings(tensor, parallel={"tensor": tensor}), config, Sized(9))
+            check_model(settings(tensor, parallel={"tensor": tensor}), config, Sized(8))
         except ValueError:
             return False
         return True
