@@ -1,10 +1,7 @@
 """The loss: ``eaft_loss`` on logits, ``eaft_linear_loss`` on hidden states and the output weight.
 
-The environment variable ``NEMO_EAFT_BACKEND`` forces one implementation: ``torch`` (the default), or
-``reference`` (whole rows in plain autograd, one process only).
+CUDA tensors go through Triton kernels, others through PyTorch; ``backend.py`` says how to force one.
 """
-
-import os
 
 import torch
 from torch import Tensor
@@ -12,16 +9,13 @@ from torch.distributed import ProcessGroup
 
 from nemo_eaft.config import EAFTConfig
 from nemo_eaft.loss import checks
-from nemo_eaft.loss.collectives import group_size
+from nemo_eaft.loss.backend import backend_name, passes
 from nemo_eaft.loss.linear import eaft_linear_loss
 from nemo_eaft.loss.reference import reference_loss
 from nemo_eaft.loss.token_loss import TokenLoss
 from nemo_eaft.loss.vocab_parallel import vocab_parallel_loss
 
 __all__ = ["TokenLoss", "eaft_linear_loss", "eaft_loss"]
-
-_BACKEND_VARIABLE = "NEMO_EAFT_BACKEND"
-_BACKENDS = ("torch", "reference")
 
 
 def eaft_loss(
@@ -67,27 +61,15 @@ def eaft_loss(
         ValueError: a wrong shape, dtype, device or vocabulary size; logits that are already gathered; a label
             out of range (on a GPU a device-side assertion); ``inplace_backward`` where it is unsafe.
     """
-    backend = _backend()
     checks.check_config(config)
     checks.check_floating("logits", logits, 1)
+    name = backend_name(logits.device)
     shard = checks.check_shard(logits.shape[-1], vocab_size, group)
     labels, valid = checks.check_labels(labels, loss_mask, config, shard.vocab_size, logits.shape[:-1], logits.device)
     if inplace_backward:
         checks.check_overwritable(logits)
-    if backend == "reference":
-        if group_size(group) > 1:
-            raise ValueError(
-                f"{_BACKEND_VARIABLE} must be 'torch' with more than one rank, got 'reference' with "
-                f"{group_size(group)} ranks: the reference needs whole rows"
-            )
+    if name == "reference":
+        checks.check_reference(group)
         return reference_loss(logits, labels, valid, config, shard.vocab_size)
     with torch.autocast(logits.device.type, enabled=False):
-        return vocab_parallel_loss(logits, labels, valid, config, shard, group, inplace_backward)
-
-
-def _backend() -> str:
-    name = os.environ.get(_BACKEND_VARIABLE, "torch")
-    if name not in _BACKENDS:
-        note = "; the Triton kernels are not part of this version" if name == "triton" else ""
-        raise ValueError(f"{_BACKEND_VARIABLE} must be one of {', '.join(_BACKENDS)}, got {name!r}{note}")
-    return name
+        return vocab_parallel_loss(logits, labels, valid, config, shard, group, inplace_backward, passes(name))

@@ -98,6 +98,15 @@ def check_labels(
     return labels, valid
 
 
+def check_reference(group: ProcessGroup | None) -> None:
+    """The reference needs whole rows."""
+    if group_size(group) > 1:
+        raise ValueError(
+            f"NEMO_EAFT_BACKEND must be 'torch' or 'triton' with more than one rank, got 'reference' with "
+            f"{group_size(group)} ranks: the reference needs whole rows"
+        )
+
+
 def check_overwritable(logits: Tensor) -> None:
     """Refuse ``inplace_backward`` where writing the gradient over the logits would corrupt something."""
     if torch.compiler.is_compiling():

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from nemo_eaft.config import EAFTConfig
 from nemo_eaft.loss import checks
+from nemo_eaft.loss.backend import Backend, backend_name, passes
 from nemo_eaft.loss.collectives import (
     all_gather_records,
     gather_sequence,
@@ -23,10 +24,12 @@ from nemo_eaft.loss.collectives import (
     reduce_scatter_sequence,
     sum_over_group,
 )
-from nemo_eaft.loss.records import local_records, merge_records
+from nemo_eaft.loss.gradient import coefficients, refuse_second_derivative
+from nemo_eaft.loss.records import merge_records
+from nemo_eaft.loss.reference import reference_loss
 from nemo_eaft.loss.shard import IGNORED, Shard
 from nemo_eaft.loss.token_loss import TokenLoss
-from nemo_eaft.loss.vocab_parallel import coefficients, refuse_second_derivative, weigh, write_gradient
+from nemo_eaft.loss.vocab_parallel import weigh
 
 # Logits of a chunk: large enough for an efficient matrix product, small beside the weight of any real model.
 _CHUNK_BYTES = 64 << 20
@@ -82,9 +85,13 @@ def eaft_linear_loss(
     if sequence_parallel:
         shape = torch.Size((shape[0] * group_size(group), *shape[1:]))
     labels, valid = checks.check_labels(labels, loss_mask, config, shard.vocab_size, shape, hidden.device)
-    target = shard.local_targets(labels, valid).flatten()
+    name = backend_name(hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        out = _LinearLoss.apply(hidden, weight, target, config, shard, group, sequence_parallel)
+        if name == "reference":
+            checks.check_reference(group)
+            return reference_loss(hidden @ weight.t(), labels, valid, config, shard.vocab_size)
+        target = shard.local_targets(labels, valid).flatten()
+        out = _LinearLoss.apply(hidden, weight, target, config, shard, group, sequence_parallel, passes(name))
     return TokenLoss(*(value.view(shape) for value in out))
 
 
@@ -101,18 +108,19 @@ class _LinearLoss(torch.autograd.Function):
         shard: Shard,
         group: ProcessGroup | None,
         sequence_parallel: bool,
+        backend: Backend,
     ) -> tuple[Tensor, ...]:
         top_k = config.effective_top_k(shard.vocab_size)
         tokens = _token_matrix(hidden, group, sequence_parallel)
         parts = [
-            local_records(_logits(tokens[rows], weight, target[rows]), target[rows], shard, top_k)
+            backend.local_records(_logits(tokens[rows], weight, target[rows]), target[rows], shard, top_k)
             for rows in _chunks(tokens, weight)
         ]
         records = all_gather_records(torch.cat(parts), group)
         statistics = merge_records(records, top_k)
         out = weigh(statistics, target, config, shard.vocab_size)
         ctx.save_for_backward(hidden, weight, target, statistics.maximum, statistics.log_sum, out.weight)
-        ctx.shard, ctx.group, ctx.sequence_parallel = shard, group, sequence_parallel
+        ctx.shard, ctx.group, ctx.sequence_parallel, ctx.backend = shard, group, sequence_parallel, backend
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*out[1:])
         return tuple(out)
@@ -121,7 +129,7 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         if grad_loss is None:
-            return (None,) * 7
+            return (None,) * 8
         hidden, weight, target, maximum, log_sum, token_weight = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         tokens = _token_matrix(hidden, ctx.group, ctx.sequence_parallel)
@@ -133,7 +141,9 @@ class _LinearLoss(torch.autograd.Function):
             chunk = _counted(tokens[rows], target[rows])
             logits = chunk @ weight.t()
             # Our own buffer: the gradient may take its place.
-            write_gradient(logits, logits, target[rows], ctx.shard, maximum[rows], log_sum[rows], coefficient[rows])
+            ctx.backend.write_gradient(
+                logits, logits, target[rows], ctx.shard, maximum[rows], log_sum[rows], coefficient[rows]
+            )
             if grad_tokens is not None:
                 grad_tokens[rows] = logits @ weight
             if grad_weight is not None:
@@ -144,7 +154,7 @@ class _LinearLoss(torch.autograd.Function):
             grad_hidden = reduced.view(hidden.shape)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _token_matrix(hidden: Tensor, group: ProcessGroup | None, sequence_parallel: bool) -> Tensor:

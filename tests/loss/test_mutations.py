@@ -153,14 +153,14 @@ def failures(loss: Loss) -> set[str]:
     return failed
 
 
-_GATHERED = "records = all_gather_records(local_records(logits, target, shard, top_k), group)"
+_GATHERED = "records = all_gather_records(backend.local_records(logits, target, shard, top_k), group)"
 
 MUTANTS: dict[str, tuple[str, str, str, str]] = {
     # name: (module, right source, wrong source, a property that must fail)
     "top-K of the local shard": (
         "vocab_parallel",
         "statistics = merge_records(records, top_k)\n",
-        "statistics = merge_records(records, top_k)._replace(entropy=merge_records(local_records("
+        "statistics = merge_records(records, top_k)._replace(entropy=merge_records(backend.local_records("
         "logits, target, shard, top_k).unsqueeze(0), top_k).entropy)\n",
         "ranks agree",
     ),
@@ -209,25 +209,25 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "minus infinity",
     ),
     "no weight in backward": (
-        "vocab_parallel",
+        "gradient",
         "weight * grad_loss.flatten()",
         "grad_loss.flatten()",
         "values gradient",
     ),
     "upstream gradient read as a scalar": (
-        "vocab_parallel",
+        "gradient",
         "weight * grad_loss.flatten()",
         "weight * grad_loss.flatten()[0]",
         "values gradient",
     ),
     "gradient times the number of ranks": (
-        "vocab_parallel",
+        "gradient",
         "weight * grad_loss.flatten()",
         "2 * weight * grad_loss.flatten()",
         "values gradient",
     ),
     "gradient at ignored tokens": (
-        "vocab_parallel",
+        "gradient",
         "torch.where(target != IGNORED, weight * grad_loss.flatten(), 0.0)",
         "grad_loss.flatten() * weight.where(target != IGNORED, 1.0)",
         "ignored gradient",
@@ -256,7 +256,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "inputs unchanged",
     ),
     "rounding before scaling": (
-        "vocab_parallel",
+        "gradient",
         "return z.mul_(coefficient.unsqueeze(-1))",
         "return z.to(block.dtype).to(z.dtype).mul_(coefficient.unsqueeze(-1))",
         "one rounding",
