@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nemo_eaft.loss.records import selected, skippable, statistics_dtype
+from nemo_eaft.loss.records import Scratch, skippable, statistics_dtype
 from nemo_eaft.loss.rows import TokenRows, row_blocks
 from nemo_eaft.loss.shard import IGNORED, Shard
 
@@ -19,41 +19,59 @@ def write_gradient(
 ) -> None:
     """Fill every cell of ``grad``, which may be the logits themselves, rounding once to its dtype."""
     source, sink = TokenRows(logits.detach()), TokenRows(grad)
-    itemsize = statistics_dtype(logits.dtype).itemsize
-    for start, stop in row_blocks(source.tokens, shard.columns, logits.device, itemsize):
+    dtype = statistics_dtype(logits.dtype)
+    scratch = Scratch(shard.columns, dtype, logits.device)
+    for start, stop in row_blocks(source.tokens, shard.columns, logits.device, dtype.itemsize):
         rows = slice(start, stop)
         if skippable(target[rows]):
             sink.write(start, stop, grad.new_zeros(stop - start, 0))
             continue
         values = gradient_rows(
-            source.read(start, stop),
+            source.read(start, stop)[:, : shard.columns],
             target[rows],
-            shard.columns,
             maximum[rows],
             log_sum[rows],
             coefficient[rows],
+            shard.whole,
+            scratch,
         )
         sink.write(start, stop, values)
 
 
 def gradient_rows(
-    block: Tensor, target: Tensor, columns: int, maximum: Tensor, log_sum: Tensor, coefficient: Tensor
+    block: Tensor,
+    target: Tensor,
+    maximum: Tensor,
+    log_sum: Tensor,
+    coefficient: Tensor,
+    whole: bool,
+    scratch: Scratch,
 ) -> Tensor:
     """[r, columns]: ``coefficient * (softmax(z) - onehot(label))`` before rounding, +0 in ignored rows.
 
     Args:
-        block: [r, V_local] logits.
+        block: [r, columns] logits.
         target, maximum, log_sum: [r], the rows' local targets and merged statistics.
         coefficient: [r], weight times upstream gradient, 0 in rows that do not count.
+        whole: the block has all columns of the vocabulary, so its maximum is the merged one.
+        scratch: holds the result until the next block.
     """
-    z = selected(block, target, columns)
-    # z - m first: m + log_sum in one number would lose the digits of log_sum at large offsets.
-    z.sub_(maximum.unsqueeze(-1)).sub_(log_sum.unsqueeze(-1)).exp_()
-    if columns > 0:
-        index = target.clamp(min=0).long().unsqueeze(-1)
-        held = (target >= 0).unsqueeze(-1).to(z.dtype)
-        z.scatter_(1, index, z.gather(1, index) - held)
-    return z.mul_(coefficient.unsqueeze(-1))
+    z = scratch.converted(block)
+    if z.shape[-1] == 0:
+        return z
+    local_maximum = maximum if whole else z.amax(dim=-1)
+    probability, peak = scratch.softmax(z, local_maximum)
+    # e^(z - m) / d from the shard's own softmax. The maxima first: m + log_sum in one number would lose the digits of
+    # log_sum at large offsets.
+    scale = (local_maximum - maximum).sub_(log_sum).exp_().div_(peak)
+    index = target.clamp(min=0).long().unsqueeze(-1)
+    held = (target >= 0).to(z.dtype)
+    at_label = (probability.gather(1, index).squeeze(-1) * scale - held) * coefficient
+    values = probability.mul_((scale * coefficient).unsqueeze(-1)).scatter_(1, index, at_label.unsqueeze(-1))
+    ignored = target == IGNORED
+    if z.device.type != "cpu" or ignored.any():
+        values.masked_fill_(ignored.unsqueeze(-1), 0.0)
+    return values
 
 
 def coefficients(weight: Tensor, grad_loss: Tensor, target: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# A block in float32 stays in a CPU core's cache between the passes over it. A GPU instead wants a block large
-# enough to fill it; 64 MiB is small beside any model's logits.
-_BLOCK_BYTES = {"cpu": 2 << 20}
+# Small enough that a block stays in a CPU's last-level cache between the passes over it, large enough that starting
+# the threads for each pass does not count. A GPU instead wants a block that fills it; 64 MiB is small beside any
+# model's logits.
+_BLOCK_BYTES = {"cpu": 8 << 20}
 _DEVICE_BLOCK_BYTES = 64 << 20
 
 
@@ -15,6 +16,10 @@ def row_blocks(tokens: int, width: int, device: torch.device, itemsize: int) -> 
     """Ranges [start, stop) of rows that together hold about a block's bytes, at least one row each."""
     row_bytes = max(width, 1) * itemsize
     step = max(_BLOCK_BYTES.get(device.type, _DEVICE_BLOCK_BYTES) // row_bytes, 1)
+    if device.type == "cpu":
+        # Softmax gives each thread whole rows.
+        threads = torch.get_num_threads()
+        step = -(-step // threads) * threads
     for start in range(0, tokens, step):
         yield start, min(start + step, tokens)
 

@@ -25,6 +25,11 @@ class Shard(NamedTuple):
     vocab_size: int
     """The true vocabulary size V of all ranks together."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether this rank holds every real column."""
+        return self.columns == self.vocab_size
+
     @classmethod
     def of_rank(cls, rank: int, vp_width: int, vocab_size: int) -> "Shard":
         first = rank * vp_width

@@ -48,6 +48,7 @@ def block_top_values(rows: Tensor, k: int, block: int) -> Tensor:
         return rows.topk(k, dim=-1).values
     blocks = rows[:, : whole * block].unflatten(-1, (whole, block))
     chosen = blocks.amax(dim=-1).topk(k, dim=-1, sorted=False).indices
-    candidates = blocks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, block)).flatten(1)
+    row = torch.arange(len(rows), device=rows.device).unsqueeze(-1)
+    candidates = blocks[row, chosen].flatten(1)
     rest = rows[:, whole * block :]
     return torch.cat((candidates, rest), dim=-1).topk(k, dim=-1).values

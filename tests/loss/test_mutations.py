@@ -179,8 +179,8 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "no maximum before the exponential": (
         "records",
-        "z.sub_(finite_shift(maximum).unsqueeze(-1))",
-        "record[:, _MAXIMUM] = 0",
+        'torch.softmax(z, dim=-1, out=self._room("probability", len(z)))',
+        "torch.div(z.exp(), z.exp().sum(dim=-1, keepdim=True))",
         "extremes",
     ),
     "sum of the maxima": (
@@ -191,10 +191,22 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "no rescaling between ranks": ("records", "sums[rank] * scale[rank]", "sums[rank]", "values"),
     "mask by multiplication": (
-        "records",
-        "torch.where(counted, block[:, :columns], 0.0)",
-        "(block[:, :columns] * counted)",
+        "vocab_parallel",
+        "torch.where(target != IGNORED, value, 0.0)",
+        "(value * (target != IGNORED))",
         "masked NaN",
+    ),
+    "local sum without its peak": (
+        "records",
+        "probability.sum(dim=-1).div_(peak)",
+        "probability.sum(dim=-1)",
+        "values",
+    ),
+    "local maximum in backward forgotten": (
+        "gradient",
+        "(local_maximum - maximum).sub_(log_sum)",
+        "(-log_sum)",
+        "values gradient",
     ),
     "NaN hidden": (
         "records",
@@ -204,8 +216,8 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "0 times -Inf": (
         "records",
-        "return torch.where(exponential == 0, 0.0, shifted * exponential).sum(dim=-1)",
-        "return (shifted * exponential).sum(dim=-1)",
+        "return shifted.clamp_(min=torch.finfo(shifted.dtype).min).mul_(",
+        "return shifted.mul_(",
         "minus infinity",
     ),
     "no weight in backward": (
@@ -228,9 +240,9 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "gradient at ignored tokens": (
         "gradient",
-        "torch.where(target != IGNORED, weight * grad_loss.flatten(), 0.0)",
-        "grad_loss.flatten() * weight.where(target != IGNORED, 1.0)",
-        "ignored gradient",
+        "values.masked_fill_(ignored.unsqueeze(-1), 0.0)",
+        "pass",
+        "masked NaN",
     ),
     "first column of a shard lost": ("shard", "(local >= 0)", "(local > 0)", "values"),
     "shards off by one": (
@@ -257,8 +269,8 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "rounding before scaling": (
         "gradient",
-        "return z.mul_(coefficient.unsqueeze(-1))",
-        "return z.to(block.dtype).to(z.dtype).mul_(coefficient.unsqueeze(-1))",
+        "values = probability.mul_((scale * coefficient).unsqueeze(-1))",
+        "values = probability.copy_(probability.to(block.dtype)).mul_((scale * coefficient).unsqueeze(-1))",
         "one rounding",
     ),
     "alpha zero still weighed": (

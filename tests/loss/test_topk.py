@@ -1,5 +1,6 @@
 """Block maxima against torch.topk: the same values, bit for bit."""
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -86,3 +87,28 @@ def test_searching_too_few_blocks_is_noticed() -> None:
     wrong = blocks.gather(1, few.unsqueeze(-1).expand(-1, -1, 10)).flatten(1).topk(20).values
     assert not torch.equal(wrong, rows.topk(20).values)
     assert torch.equal(block_top_values(rows, 20, 10), rows.topk(20).values)
+
+
+def test_two_thousand_random_configurations_are_exact() -> None:
+    """Three dtypes, every kind of row, odd widths, K from 1, shards of 1 to 8 ranks whose last may be padding."""
+    generator = random.Random(0)
+    seen: set[tuple[str, torch.dtype, int, int, int, int]] = set()
+    while len(seen) < 2000:
+        maker = generator.choice(sorted(MAKERS.keys() - {"nan"}))
+        dtype = generator.choice([torch.float32, torch.bfloat16, torch.float16])
+        width, k = generator.randint(2, 3000), generator.choice([1, 2, 3, 19, 20, 21, 64, 129, 200])
+        ranks, block = generator.randint(1, 8), generator.choice([1, 7, 16, 31, 64, 128])
+        if (maker, dtype, width, k, ranks, block) in seen:
+            continue
+        seen.add((maker, dtype, width, k, ranks, block))
+        torch.manual_seed(len(seen))
+        rows = MAKERS[maker](2, width).to(dtype)
+        k = min(k, width)
+        shards = rows.split(-(-width // ranks), dim=-1)
+        # What a rank sends: its own K largest, filled up where it has fewer.
+        sent = [
+            block_top_values(part, k, block) if part.shape[-1] >= k else top_values(part, k).to(dtype)
+            for part in shards
+        ]
+        merged = torch.cat(sent, dim=-1).topk(k, dim=-1).values
+        assert bits_equal(merged, rows.topk(k, dim=-1).values), (maker, dtype, width, k, ranks, block)
