@@ -18,6 +18,7 @@ from nemo_eaft.loss.vocab_parallel import vocab_parallel_loss
 __all__ = ["TokenLoss", "eaft_linear_loss", "eaft_loss"]
 
 
+@torch.compiler.disable(reason="the EAFT loss is its own autograd function with its own kernels")
 def eaft_loss(
     logits: Tensor,
     labels: Tensor,
@@ -56,6 +57,8 @@ def eaft_loss(
         ``logits`` is ``upstream * weight * (softmax - onehot)`` over this rank's columns, rounded once to the
         logits' dtype. Backward with
         ``create_graph=True`` raises ``RuntimeError``.
+
+    Under ``torch.compile`` the loss runs as it is, between two compiled graphs; ``fullgraph=True`` is refused by torch.
 
     Raises:
         ValueError: a wrong shape, dtype, device or vocabulary size; logits that are already gathered; a label

@@ -109,8 +109,6 @@ def check_reference(group: ProcessGroup | None) -> None:
 
 def check_overwritable(logits: Tensor) -> None:
     """Refuse ``inplace_backward`` where writing the gradient over the logits would corrupt something."""
-    if torch.compiler.is_compiling():
-        raise ValueError("inplace_backward must be False under torch.compile, which may reuse the logits")
     if not logits.requires_grad:
         return
     if logits.is_leaf or logits.retains_grad:

@@ -255,3 +255,38 @@ def test_inplace_backward_of_a_slice_leaves_its_neighbours_alone() -> None:
     eaft_loss(wide[:, :40], labels, CONFIG, inplace_backward=True).loss.sum().backward()
     assert torch.equal(wide[:, 40:], torch.ones(6, 8))
     assert not torch.equal(wide[:, :40], logits)
+
+
+def compiled_parts(inplace: bool, saved_by_compiled_code: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss between two compiled parts; tanh saves its output for backward, which the loss must then not overwrite."""
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        logits = torch.tanh(x) if saved_by_compiled_code else torch.tanh(x) * 2
+        return eaft_loss(logits, labels, EAFTConfig(), inplace_backward=inplace).loss.sum() * 3
+
+    return loss
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiled_code_around_the_loss(inplace: bool) -> None:
+    x, labels = torch.randn(8, 50, requires_grad=True), torch.randint(0, 50, (8,))
+    loss = compiled_parts(inplace, saved_by_compiled_code=False)
+    (want,) = torch.autograd.grad(loss(x, labels), x)
+    torch._dynamo.reset()
+    (got,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(x, labels), x)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
+
+
+def test_compiled_code_that_needs_overwritten_logits_is_an_error() -> None:
+    x, labels = torch.randn(8, 50, requires_grad=True), torch.randint(0, 50, (8,))
+    torch._dynamo.reset()
+    out = torch.compile(compiled_parts(True, saved_by_compiled_code=True), backend="aot_eager")(x, labels)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_one_graph_through_the_loss_is_refused() -> None:
+    x, labels = torch.randn(8, 50), torch.randint(0, 50, (8,))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"torch\.compiler\.disable"):
+        torch.compile(compiled_parts(False, False), backend="aot_eager", fullgraph=True)(x, labels)
