@@ -3,10 +3,11 @@
 #   make install    the environment of constraints.txt in $(VENV)
 #   make demo       fine-tunes a real model on this machine, no GPU needed; writes runs/demo/
 #   make test       linters, type checker, every test
+#   make bench      the loss beside its peers, into benchmarks/results/; BENCH_ARGS=--quick for the main rows alone
 #   make lint       linters and type checker alone
 #   make clean      removes caches and build output; `make distclean` removes $(VENV) and runs/ too
 #
-# Overridable: PYTHON, VENV, TORCH_INDEX, PYTEST_ARGS, DEMO_ARGS, e.g. make test PYTEST_ARGS="-x tests/loss"
+# Overridable: PYTHON, VENV, TORCH_INDEX, PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, e.g. make test PYTEST_ARGS="-x tests/loss"
 
 PYTHON      ?= python3.11
 VENV        ?= .venv
@@ -15,6 +16,7 @@ VENV        ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
+BENCH_ARGS  ?=
 
 BIN := $(VENV)/bin
 # -c: every version is the one in constraints.txt. The progress bar would flood a log.
@@ -28,7 +30,7 @@ DEMO_DATA := $(VENV)/.nemo-eaft-demo-data
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format clean distclean
+.PHONY: help install demo test bench lint format clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,6 +67,10 @@ demo: $(INSTALLED) $(DEMO_DATA)
 
 test: lint $(DEMO_DATA)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Peers that are not installed are named in the report; `pip install -c constraints.txt '.[bench]'` adds two.
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
