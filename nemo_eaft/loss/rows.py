@@ -8,7 +8,7 @@ from torch import Tensor
 # Small enough that a block stays in a CPU's last-level cache between the passes over it, large enough that starting
 # the threads for each pass does not count. A GPU instead wants a block that fills it; 64 MiB is small beside any
 # model's logits.
-_BLOCK_BYTES = {"cpu": 8 << 20}
+_BLOCK_BYTES = {"cpu": 5 << 20}
 _DEVICE_BLOCK_BYTES = 64 << 20
 
 
