@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--hf", type=Path, help="folder or files of the model that was imported; default: that of the run"
     )
-    export.add_argument("--backend", choices=("cuda", "cpu"), help="default: that of the run")
+    export.add_argument("--backend", choices=("cuda", "cpu"), help="default: cuda where there is a GPU")
     return parser
 
 
@@ -98,7 +98,7 @@ def _import(arguments: argparse.Namespace) -> int:
     from nemo_eaft.compose import compose
     from nemo_eaft.ready import check_run_dir, import_model, open_model, prepare_rows
 
-    settings = compose(arguments.conf, arguments.overrides)
+    settings = compose(arguments.conf, arguments.overrides, unused=() if arguments.data else ("data.train",))
     if arguments.data:
         check_run_dir(settings)
     model = open_model(settings)
@@ -160,16 +160,8 @@ def _export(arguments: argparse.Namespace) -> int:
     hf: Path = arguments.hf or _hf_files(checkpoint, run_dir)
     if not (hf / "config.json").is_file():
         raise ValueError(f"--hf {hf}: no config.json there")
-    backend = arguments.backend
-    if backend is None and run_dir is not None:
-        from nemo_eaft.compose import load
-
-        backend = load(run_dir / CONFIG).run.backend
-    if backend is None:
-        import torch
-
-        backend = "cuda" if torch.cuda.is_available() else "cpu"
-    run_in_own_process(["to-hf", str(checkpoint.resolve()), str(output), str(hf)], backend)
+    print(f"export: {checkpoint} -> {output}", flush=True)
+    run_in_own_process(["to-hf", str(checkpoint.resolve()), str(output), str(hf)], arguments.backend)
     print(output)
     return 0
 

@@ -36,13 +36,14 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
 
 
-def compose(conf: str, overrides: Iterable[str] = ()) -> Settings:
+def compose(conf: str, overrides: Iterable[str] = (), unused: Iterable[str] = ()) -> Settings:
     """Read one configuration and apply overrides.
 
     Args:
         conf: a name of ``conf/`` (``demo``) or the path of a ``.yaml`` file. Such a file may use the shipped
             groups in its defaults list, and groups of its own beside it.
         overrides: ``group.key=value`` (``trainer.max_steps=5``), or ``group=file`` (``loss=sft``).
+        unused: full keys of text settings that the caller does not read; where one is not given, it is ``unused``.
 
     Raises:
         ValueError: anything wrong in the file or the overrides, naming key, value and what is allowed.
@@ -75,6 +76,9 @@ def compose(conf: str, overrides: Iterable[str] = ()) -> Settings:
         with open_dict(merged):
             for key, text in texts.items():
                 OmegaConf.update(merged, key, text)
+            for key in unused:
+                if OmegaConf.select(merged, key) is None:
+                    OmegaConf.update(merged, key, "unused")
         mapping = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path}: {_explain(error)}") from error
@@ -317,7 +321,8 @@ def _unknown(key: str, where: str) -> str:
     if "." not in key:
         hint = _suggest(key, [*_GROUPS, *known_keys()]) or _suggest_last(key)
         return f"{where}: unknown key {key}{hint}; the groups are {', '.join(_GROUPS)}"
-    hint = _suggest(key, known_keys()) or _suggest_last(key.rpartition(".")[2])
+    # The right group first: trainer.lr is nearer to trainer.val_every by letters, to learning_rate by initials.
+    hint = _suggest_initials(key) or _suggest(key, known_keys()) or _suggest_last(key.rpartition(".")[2])
     inside = [known for known in known_keys() if known.startswith(group + ".")]
     listed = f"; {group} has {', '.join(known.partition('.')[2] for known in inside)}" if inside else ""
     if not inside:
@@ -328,6 +333,16 @@ def _unknown(key: str, where: str) -> str:
 def _suggest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]}?" if close else ""
+
+
+def _suggest_initials(key: str) -> str:
+    """``trainer.lr`` is short for ``trainer.learning_rate``."""
+    group, _, last = key.rpartition(".")
+    for known in known_keys():
+        there, _, name = known.rpartition(".")
+        if there == group and "_" in name and last == "".join(part[0] for part in name.split("_")):
+            return f", did you mean {known}?"
+    return ""
 
 
 def _suggest_last(word: str) -> str:

@@ -232,13 +232,20 @@ def convert_to_hf(checkpoint: Path, output: Path, hf_files: Path) -> Path:
     return output
 
 
-def run_in_own_process(arguments: list[str], backend: str) -> None:
+def run_in_own_process(arguments: list[str], backend: str | None = None) -> None:
     """Run `python -m nemo_eaft.convert` with `arguments` and wait.
+
+    backend: None: cuda where there is a GPU, else cpu. A login node of a cluster has none, and what it converts is
+        trained where there are some.
 
     Raises:
         ValueError: the user's input was wrong (exit code 2); the message is the child's.
         RuntimeError: it failed otherwise.
     """
+    if backend is None:
+        import torch
+
+        backend = "cuda" if torch.cuda.is_available() else "cpu"
     command = [sys.executable, "-m", "nemo_eaft.convert", "--backend", backend, *arguments]
     # A conversion is one process, whatever job it is called from.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_JOB_VARIABLES)}

@@ -211,7 +211,7 @@ def import_model(settings: Settings, model: Model) -> Path:
         arguments += ["--tokenizer", settings.model.tokenizer]
     if settings.model.trust_remote_code:
         arguments += ["--trust-remote-code"]
-    run_in_own_process(arguments, settings.run.backend)
+    run_in_own_process(arguments)
     return target
 
 

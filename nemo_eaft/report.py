@@ -109,8 +109,9 @@ def _draw_loss(axes: Axes, training: Sequence[Row], validation: Sequence[Row]) -
         # Placed in axes height, not in nats: it has no value.
         place = axes.get_xaxis_transform()
         axes.plot(bad, [0.04] * len(bad), "x", color="red", markersize=8, transform=place, label="not finite")
-    # Losses fall, so this corner is the free one; looking for the best place takes seconds in a long run.
-    axes.legend(fontsize=9, loc="upper right", framealpha=0.8, edgecolor="none")
+    # Losses fall, so this corner is the free one in a long run, where looking for the best place takes seconds.
+    corner = "best" if len(training) <= _SMOOTH_FROM else "upper right"
+    axes.legend(fontsize=9, loc=corner, framealpha=0.8, edgecolor="none")
 
 
 def _name(axes: Axes, title: str, unit: str) -> None:

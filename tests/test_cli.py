@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_eaft import cli, launch, ready
 from nemo_eaft.compose import compose, save
@@ -359,12 +361,42 @@ def test_a_failure_in_training_leaves_the_cause(home: Path, monkeypatch: pytest.
     assert "invalid literal" in error["message"]
 
 
-@pytest.fixture
-def converted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], str]]:
+def test_import_needs_no_data(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conf = home / "without_data.yaml"
+    lines = [line for line in (home / "own.yaml").read_text().splitlines() if not line.startswith("data:")]
+    conf.write_text("\n".join([*lines, "data: {train: '???'}"]))
+    code, out, _ = run(capsys, "import", str(conf))
+    assert (code, out) == (0, f"{home}/imported\n")
+    for words in (("import", "--data"), ("train",)):
+        code, _, err = run(capsys, *words, str(conf))
+        assert (code, "data.train must be given" in err) == (2, True)
+
+
+def test_import_uses_the_backend_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A login node converts for the cluster's GPUs and has none."""
     from nemo_eaft import convert
 
-    calls: list[tuple[list[str], str]] = []
-    monkeypatch.setattr(convert, "run_in_own_process", lambda arguments, backend: calls.append((arguments, backend)))
+    commands: list[list[str]] = []
+
+    def finished(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", finished)
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        convert.run_in_own_process(["to-nemo"])
+    assert [command[3:5] for command in commands] == [["--backend", "cpu"], ["--backend", "cuda"]]
+
+
+@pytest.fixture
+def converted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], str | None]]:
+    from nemo_eaft import convert
+
+    calls: list[tuple[list[str], str | None]] = []
+    monkeypatch.setattr(
+        convert, "run_in_own_process", lambda arguments, backend=None: calls.append((arguments, backend))
+    )
     return calls
 
 
@@ -383,7 +415,7 @@ def test_export_takes_the_newest_checkpoint_of_a_run(
         str(home / "imported" / "hf"),
     ]
     assert run(capsys, "export", str(home / "run"), str(home / "out"))[0] == 0
-    assert converted == [(expected, "cpu")]
+    assert converted == [(expected, None)]  # what this machine has
     assert run(capsys, "export", str(home / "run" / "checkpoints" / "step=9"), str(home / "out"))[0] == 0
     assert converted[1][0][1].endswith("step=9")
 

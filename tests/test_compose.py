@@ -105,6 +105,7 @@ def test_a_missing_letter_is_answered_with_the_key(key: str) -> None:
     "override, named",
     [
         ("trainer.max_stpes=5", "did you mean trainer.max_steps?"),
+        ("trainer.lr=1e-5", "did you mean trainer.learning_rate?"),
         ("max_steps=5", "did you mean trainer.max_steps?"),
         ("loss.tensor=2", "unknown key loss.tensor"),
         ("paralel.tensor=2", "did you mean parallel.tensor?"),

@@ -28,6 +28,7 @@ _SHOWN = 10
 _NAMES = {"train": "training.jsonl", "validation": "validation.jsonl"}
 
 Kind = Literal["chat", "pair"]
+_KEYS: dict[Kind, str] = {"chat": "'messages'", "pair": "'input' and 'output'"}
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,10 @@ def _tokenized(settings: Settings, tokenizer: Any, source: Source, kind: Kind) -
         if row.error is not None:
             yield row, row.error
             continue
+        form = _form(row.values)
+        if form not in (kind, None):
+            yield row, f"has {_KEYS[form]}, but the first row has {_KEYS[kind]}: a source is of one form"
+            continue
         try:
             if kind == "chat":
                 tokens = tokenize_chat(tokenizer, row.values)
@@ -212,15 +217,19 @@ def _report(settings: Settings, source: Source, counts: dict[str, int], bad: lis
     _log.warning("%s\n  left out because data.on_bad_row=skip", said)
 
 
+def _form(values: dict[str, Any]) -> Kind | None:
+    if "messages" in values:
+        return "chat"
+    return "pair" if "input" in values and "output" in values else None
+
+
 def _kind(source: Source) -> Kind:
     """The kind of a source, by the first row that can be read."""
     first_error = None
     for row in source.rows():
         if row.error is None:
-            if "messages" in row.values:
-                return "chat"
-            if "input" in row.values and "output" in row.values:
-                return "pair"
+            if (form := _form(row.values)) is not None:
+                return form
             raise ValueError(
                 f"{source.key}={source.name}: {row.where} has the keys {', '.join(row.values) or 'none'}; a "
                 f"row needs 'messages', or 'input' and 'output'"

@@ -120,7 +120,10 @@ def test_length_limit_is_exact(tmp_path: Path, tokenizer: Any) -> None:
         ('{"input": "a", "output": ""}\n', "t.jsonl:1: 'output' is empty"),
         ('{"input": "a", "output": "b"}\n{"input": "a"}\n', "t.jsonl:2: no 'output'"),
         ('{"input": "a", "output": 5}\n', "t.jsonl:1: 'output' must be text, got int"),
-        ('{"input": "a", "output": "b"}\n{"messages": []}\n', "t.jsonl:2: no 'input'"),
+        (
+            '{"input": "a", "output": "b"}\n{"messages": []}\n',
+            "t.jsonl:2: has 'messages', but the first row has 'input' and 'output'",
+        ),
     ],
 )
 def test_wrong_files(tmp_path: Path, tokenizer: Any, content: str, message: str) -> None:
