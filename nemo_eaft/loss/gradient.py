@@ -26,6 +26,7 @@ def write_gradient(
         if skippable(target[rows]):
             sink.write(start, stop, grad.new_zeros(stop - start, 0))
             continue
+        place = sink.direct(start, stop, shard.columns, dtype)
         values = gradient_rows(
             source.read(start, stop)[:, : shard.columns],
             target[rows],
@@ -34,8 +35,10 @@ def write_gradient(
             coefficient[rows],
             shard.whole,
             scratch,
+            place,
         )
-        sink.write(start, stop, values)
+        if place is None:
+            sink.write(start, stop, values)
 
 
 def gradient_rows(
@@ -46,6 +49,7 @@ def gradient_rows(
     coefficient: Tensor,
     whole: bool,
     scratch: Scratch,
+    place: Tensor | None,
 ) -> Tensor:
     """[r, columns]: ``coefficient * (softmax(z) - onehot(label))`` before rounding, +0 in ignored rows.
 
@@ -54,7 +58,8 @@ def gradient_rows(
         target, maximum, log_sum: [r], the rows' local targets and merged statistics.
         coefficient: [r], weight times upstream gradient, 0 in rows that do not count.
         whole: the block has all columns of the vocabulary, so its maximum is the merged one.
-        scratch: holds the result until the next block.
+        scratch: holds the result until the next block, unless there is a place for it.
+        place: [r, columns] of the statistics' dtype, which may be the block itself: the result goes there.
     """
     z = scratch.converted(block)
     if z.shape[-1] == 0:
@@ -67,7 +72,8 @@ def gradient_rows(
     index = target.clamp(min=0).long().unsqueeze(-1)
     held = (target >= 0).to(z.dtype)
     at_label = (probability.gather(1, index).squeeze(-1) * scale - held) * coefficient
-    values = probability.mul_((scale * coefficient).unsqueeze(-1)).scatter_(1, index, at_label.unsqueeze(-1))
+    values = torch.mul(probability, (scale * coefficient).unsqueeze(-1), out=probability if place is None else place)
+    values.scatter_(1, index, at_label.unsqueeze(-1))
     ignored = target == IGNORED
     if z.device.type != "cpu" or ignored.any():
         values.masked_fill_(ignored.unsqueeze(-1), 0.0)

@@ -129,13 +129,14 @@ def write_record(record: Tensor, block: Tensor, target: Tensor, top_k: int | Non
             record[:, _ENTROPY:] = float("-inf")
     else:
         z = scratch.converted(block)
-        maximum = z.amax(dim=-1)
+        largest = None if top_k is None else top_values(z, top_k)
+        maximum = z.amax(dim=-1) if largest is None else largest[:, 0]
         probability, peak = scratch.softmax(z, maximum)
         record[:, _MAXIMUM] = maximum
         record[:, _SUM] = probability.sum(dim=-1).div_(peak)
         record[:, _TARGET] = target_value(z, target)
-        if top_k is not None:
-            record[:, _ENTROPY:] = top_values(z, top_k)
+        if largest is not None:
+            record[:, _ENTROPY:] = largest
         else:
             shifted = z - finite_shift(maximum).unsqueeze(-1)
             record[:, _ENTROPY] = shifted_sum(shifted, probability).div_(peak)

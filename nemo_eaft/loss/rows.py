@@ -39,6 +39,14 @@ class TokenRows:
             return self._flat[start:stop]
         return self._tensor[self._index(start, stop)]
 
+    def direct(self, start: int, stop: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+        """[stop - start, columns], a view to store values of ``dtype`` in without rounding, the rest of the rows set to
+        0; None where there is none."""
+        if self._flat is None or self._flat.dtype != dtype:
+            return None
+        self._flat[start:stop, columns:] = 0
+        return self._flat[start:stop, :columns]
+
     def write(self, start: int, stop: int, values: Tensor) -> None:
         """Store [stop - start, columns] in the first columns, rounding to the tensor's dtype, and 0 in the
         rest."""

@@ -252,7 +252,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "values",
     ),
     "padding columns included": ("shard", "min(max(vocab_size - first, 0), vp_width)", "vp_width", "padding"),
-    "padding columns unwritten": ("rows", "            target[:, columns:] = 0\n", "", "padding gradient"),
+    "padding columns unwritten": ("rows", "        self._flat[start:stop, columns:] = 0\n", "", "padding gradient"),
     "gathered logits accepted": ("checks", "vp_width >= vocab_size", "vp_width > 10**9", "gathered logits"),
     "the authors' 3.0": ("vocab_parallel", "config.entropy_normalizer(vocab_size)", "3.0", "values"),
     "normaliser of the shard": (
@@ -269,8 +269,8 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "rounding before scaling": (
         "gradient",
-        "values = probability.mul_((scale * coefficient).unsqueeze(-1))",
-        "values = probability.copy_(probability.to(block.dtype)).mul_((scale * coefficient).unsqueeze(-1))",
+        "values = torch.mul(probability, (scale",
+        "values = torch.mul(probability.copy_(probability.to(block.dtype)), (scale",
         "one rounding",
     ),
     "alpha zero still weighed": (
