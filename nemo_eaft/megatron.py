@@ -3,10 +3,12 @@
 The place is the bound method `compute_language_model_loss(labels, logits)` of the unwrapped model, shadowed by an
 attribute of the instance. Its signature is the same in megatron-core 0.12 to 0.20 (models/common/language_module/
 language_module.py); the class stays what it is, and nothing enters a state_dict, a checkpoint or a configuration.
+The fused output layer needs a second place, `output_layer.forward`: see fused_output.py.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_eaft.config import EAFTConfig
+from nemo_eaft.fused_output import FusedOutput
 from nemo_eaft.loss import TokenLoss, eaft_loss
 from nemo_eaft.metrics import token_sums, zero_sums
 
@@ -28,6 +31,12 @@ class AttachedLoss:
     call for each multi-token-prediction head, then the main call. The heads keep Megatron's own cross-entropy.
 
     Attributes:
+        requires_loss_mask: whether a forward with labels and without a loss mask is an error.
+        scaled_mask_upstream: what a caller may promise for a fused output layer: the gradient of the loss will be one
+            number times the loss mask. Then training makes the gradients in forward and saves a matrix product of four,
+            at the price of the weight's gradient in float32 held from forward to backward. Only with one
+            tensor-parallel rank and without virtual pipeline stages, whose forwards would each hold one; elsewhere the
+            promise changes nothing. A broken promise stops the run.
         calls: main calls since `reset`, in training and validation.
         sums: [6] float64, `metrics.token_sums` added up over those calls; None before the first.
     """
@@ -39,15 +48,19 @@ class AttachedLoss:
         vocab_size: int,
         group: ProcessGroup | None,
         measure_only: bool,
+        fused: FusedOutput | None,
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.measure_only = measure_only
         self.requires_loss_mask = False
+        self.scaled_mask_upstream = False
         self.calls = 0
         self.sums: Tensor | None = None
         self._model = model
         self._group = group
+        self._fused = fused
+        self._labels_at = list(inspect.signature(model.forward).parameters).index("labels") if fused else None
         self._megatron_loss: Callable[[Tensor, Tensor], Tensor] = getattr(model, _METHOD)
         self._loss_mask: Tensor | None = None
         self._heads_left = 0
@@ -71,25 +84,45 @@ class AttachedLoss:
         for hook in self._hooks:
             hook.remove()
         del self._model.__dict__[_METHOD]
+        if self._fused is not None:
+            self._fused.remove()
 
     def in_place(self) -> bool:
         """Whether the model still calls this loss: False when something else replaced it afterwards."""
-        return self._model.__dict__.get(_METHOD) == self._loss
+        fused = self._fused is None or self._fused.in_place()
+        return fused and self._model.__dict__.get(_METHOD) == self._loss
+
+    @property
+    def fused_linear(self) -> bool:
+        """Whether output layer and loss are one."""
+        return self._fused is not None
 
     def _before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Plain Megatron-LM and Bridge hand the mask to GPTModel.forward; NeMo's adapter calls set_loss_mask.
         if kwargs.get("loss_mask") is not None:
             self._loss_mask = kwargs["loss_mask"]
         self._heads_left = (model.config.mtp_num_layers or 0) if getattr(model, "mtp_process", False) else 0
+        if self._fused is not None:
+            assert self._labels_at is not None
+            given = args[self._labels_at] if len(args) > self._labels_at else kwargs.get("labels")
+            self._fused.start(expect_main=given is not None and not self._heads_left)
 
-    def _after_forward(self, *_: Any) -> None:
+    def _after_forward(self, _: Any, __: Any, output: Any) -> None:
         # Also after a forward without labels, or one that failed: its mask must not meet the next micro-batch.
         self._loss_mask = None
+        if self._fused is not None:
+            self._fused.finish(failed=output is None)
 
     def _loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s], logits [s, b, V_local] -> loss [b, s] float32, as Megatron's own method."""
+        """labels [b, s], logits [s, b, V_local] -> loss [b, s] float32, as Megatron's own method.
+
+        With a fused output layer the main call brings hidden states [s, b, h] instead, under sequence parallelism the
+        rank's part of them.
+        """
         if self._heads_left:
             self._heads_left -= 1
+            if self._fused is not None and not self._heads_left:
+                self._fused.start(expect_main=True)
             return self._megatron_loss(labels, logits)
         loss_mask = self._loss_mask
         if loss_mask is None and self.requires_loss_mask:
@@ -110,7 +143,7 @@ class AttachedLoss:
             with torch.no_grad():
                 out = self._eaft(logits.detach(), labels, config, loss_mask)
         self.calls += 1
-        so_far = zero_sums(logits.device) if self.sums is None else self.sums
+        so_far = zero_sums(out.loss.device) if self.sums is None else self.sums
         self.sums = so_far + token_sums(out, valid.transpose(0, 1), config, self.vocab_size)
         if self._model.training and self.measure_only:
             return self._megatron_loss(labels, logits)
@@ -118,14 +151,19 @@ class AttachedLoss:
 
     def _eaft(self, logits: Tensor, labels: Tensor, config: EAFTConfig, loss_mask: Tensor | None) -> TokenLoss:
         # Labels and mask are transposed, a view; the logits, V times larger, never are.
-        return eaft_loss(
-            logits,
-            labels.transpose(0, 1),
-            config,
-            vocab_size=self.vocab_size,
-            group=self._group,
-            loss_mask=None if loss_mask is None else loss_mask.transpose(0, 1),
-        )
+        labels = labels.transpose(0, 1)
+        loss_mask = None if loss_mask is None else loss_mask.transpose(0, 1)
+        if self._fused is not None:
+            return self._fused.loss(
+                logits,
+                labels,
+                config,
+                vocab_size=self.vocab_size,
+                group=self._group,
+                loss_mask=loss_mask,
+                scaled_mask_upstream=self.scaled_mask_upstream and self._model.training,
+            )
+        return eaft_loss(logits, labels, config, vocab_size=self.vocab_size, group=self._group, loss_mask=loss_mask)
 
 
 def attach(
@@ -141,7 +179,8 @@ def attach(
     model: a Megatron-Core model with `compute_language_model_loss`, bare or wrapped (Float16Module, DDP). A pipeline
         stage without the loss (`post_process` False) is left alone, so one call in a model provider serves all stages.
     vocab_size: the true vocabulary size V, as the Hugging Face model has it, before Megatron pads it.
-    fused_linear: output layer and loss in one; not available yet.
+    fused_linear: output layer and loss in one, without the logits of all tokens, in training and validation (see
+        fused_output.py). Generation and multi-token-prediction heads keep the real output layer.
     measure_only: train with Megatron's own cross-entropy, bit for bit, and only measure; validation as above.
 
     The caller's loss function must divide by the number of valid tokens of the whole global batch
@@ -151,10 +190,14 @@ def attach(
         The attached loss, or None for a stage without one.
 
     Raises:
-        ValueError: no such method, EAFT is attached already, or `vocab_size` is above the model's padded vocabulary.
+        ValueError: no such method, EAFT is attached already, `vocab_size` is above the model's padded vocabulary,
+            `fused_linear` with `measure_only`, or with an output layer that does more than a matrix product (LoRA,
+            bias, gathered output, a subclass).
     """
-    if fused_linear:
-        raise ValueError("fused_linear: True; allowed: False. The fused output layer is not available in this version")
+    if fused_linear and measure_only:
+        raise ValueError(
+            "fused_linear: True; allowed: False with measure_only=True, where Megatron's own loss needs the logits"
+        )
     core = unwrap(model)
     if not getattr(core, "post_process", True):
         return None
@@ -163,7 +206,8 @@ def attach(
     padded = getattr(core, "vocab_size", None)
     if padded is not None and not 2 <= vocab_size <= padded:
         raise ValueError(f"vocab_size: {vocab_size}; allowed: 2 to {padded}, the model's padded vocabulary")
-    loss = AttachedLoss(core, config, vocab_size, _tensor_parallel_group(core), measure_only)
+    fused = FusedOutput(core) if fused_linear else None
+    loss = AttachedLoss(core, config, vocab_size, _tensor_parallel_group(core), measure_only, fused)
     assert loss.in_place()
     return loss
 

@@ -44,10 +44,13 @@ class EAFTCallback(Callback):
     config: gate and entropy settings.
     run_dir: folder of `eaft.json`, `metrics.jsonl` and `report.png`; None: NeMo's log folder of this run.
     vocab_size: the true vocabulary size; None: the model configuration's `vocab_size`, else the tokenizer's.
+    fused_linear: output layer and loss in one, which never holds the logits of all tokens; costs one matrix product of
+        the output layer more. Recomputes in backward; see `megatron.attach`.
     measure_only: train with Megatron's own cross-entropy, bit for bit, and only record: for comparison.
 
     Raises, on every rank and before the first optimizer step:
-        ValueError: the strategy is not NeMo's MegatronStrategy, or the model has no place for the loss.
+        ValueError: the strategy is not NeMo's MegatronStrategy, the model has no place for the loss, or `fused_linear`
+            with `measure_only` or with LoRA on the output layer.
         RuntimeError: gradients would not be divided by the tokens of the global batch; the loss was never called; or
             the loss of a step is not finite.
     """
@@ -58,9 +61,11 @@ class EAFTCallback(Callback):
         *,
         run_dir: str | Path | None = None,
         vocab_size: int | None = None,
+        fused_linear: bool = False,
         measure_only: bool = False,
     ) -> None:
         self.config = EAFTConfig() if config is None else config
+        self.fused_linear = fused_linear
         self.measure_only = measure_only
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._vocab_size = vocab_size
@@ -115,7 +120,8 @@ class EAFTCallback(Callback):
         self._run_dir = self._run_dir or Path(AppState().log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
             with replacing(self._run_dir / "eaft.json") as temporary:
-                settings = dataclasses.asdict(self.config) | {"measure_only": self.measure_only}
+                settings = dataclasses.asdict(self.config)
+                settings |= {"fused_linear": self.fused_linear, "measure_only": self.measure_only}
                 temporary.write_text(json.dumps(settings, indent=2) + "\n")
             self._file = MetricsFile(self._run_dir / "metrics.jsonl", start_step=trainer.global_step)
 
@@ -229,7 +235,13 @@ class EAFTCallback(Callback):
         for chunk in _chunks(trainer):
             loss = attached(chunk)
             if loss is None:
-                loss = attach(chunk, self.config, vocab_size=vocab_size, measure_only=self.measure_only)
+                loss = attach(
+                    chunk,
+                    self.config,
+                    vocab_size=vocab_size,
+                    fused_linear=self.fused_linear,
+                    measure_only=self.measure_only,
+                )
             if loss is not None:
                 loss.requires_loss_mask = True
                 self._loss = loss
@@ -248,8 +260,8 @@ class EAFTCallback(Callback):
         if total == 0:
             raise RuntimeError(
                 "EAFT is configured but its loss was never called in the first step: the model computes its loss "
-                "elsewhere, or another patch replaced compute_language_model_loss after the callback. Nothing was "
-                "trained."
+                "elsewhere, or another patch replaced compute_language_model_loss or the fused output layer after the "
+                "callback. Nothing was trained."
             )
 
 

@@ -111,8 +111,9 @@ class LossSettings:
     conflict_entropy: float = 0.2
     """A confident conflict has a normalised entropy below this."""
     fused_linear: bool | Literal["auto"] = "auto"
-    """Compute output layer and loss together, without holding all logits. Not in this version: ``true`` is refused
-    and ``auto`` means ``false``."""
+    """Compute output layer and loss together, without holding the logits of all tokens, for one matrix product of the
+    output layer more. ``auto``: where the logits of one micro-batch and their gradient would take more than a tenth
+    of the memory of a rank (:mod:`nemo_eaft.logits_memory`). Not for LoRA on the output layer, nor for ``stock``."""
 
     def __post_init__(self) -> None:
         with warnings.catch_warnings(record=True) as said:
@@ -125,9 +126,10 @@ class LossSettings:
             # `stock` is no gate of EAFTConfig, but the name that the user gave.
             text = str(warning.message).replace("gate='none'", f"gate={self.gate!r}")
             _warn(f"loss.{text}")
-        if self.fused_linear is True:
+        if self.fused_linear is True and self.gate == "stock":
             raise ValueError(
-                "loss.fused_linear=true: the fused output layer is not in this version; allowed are false and auto"
+                "loss.fused_linear=true with loss.gate=stock: Megatron's own loss needs the logits; allowed are false "
+                "and auto, or loss.gate=none for plain fine-tuning on our own path"
             )
 
     def eaft_config(self) -> EAFTConfig:

@@ -37,19 +37,26 @@ def run_training(settings: Settings, checkpoint: Path) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.trainer.gpus_per_node))
 
     from nemo.collections import llm
+    from nemo.utils import logging
 
-    from nemo_eaft.nemo import EAFTCallback
+    from nemo_eaft.logits_memory import choose_fused_linear
+    from nemo_eaft.nemo import EAFTCallback, true_vocab_size
     from nemo_eaft.resume import KeepDataOrder
 
     run_dir = Path(settings.run.dir)
     model = build_model(settings, checkpoint)
+    vocab_size = imported_vocab_size(checkpoint) or true_vocab_size(model)
+    fused_linear, why = choose_fused_linear(settings, vocab_size)
+    if why is not None:
+        logging.info(f"EAFT: {why}")
     trainer = build_trainer(settings)
     trainer.callbacks.append(KeepDataOrder())
     trainer.callbacks.append(
         EAFTCallback(
             settings.loss.eaft_config(),
             run_dir=run_dir,
-            vocab_size=imported_vocab_size(checkpoint),
+            vocab_size=vocab_size,
+            fused_linear=fused_linear,
             measure_only=settings.loss.gate == "stock",
         )
     )

@@ -41,12 +41,12 @@ def model_and_data(**changes: Any) -> tuple[Any, models.Batch]:
 # --- the loss
 
 
-def training_and_validation() -> None:
+def training_and_validation(fused: bool) -> None:
     model, data = model_and_data()
     config = EAFTConfig(alpha=1.5)
     megatron = data.forward(model).detach()
     expected = formula(data.logits(model), data.labels, config)
-    loss = attach(model, config, vocab_size=V)
+    loss = attach(model, config, vocab_size=V, fused_linear=fused)
     assert loss is not None
     model.train()
     out = data.forward(model)
@@ -69,11 +69,12 @@ def training_and_validation() -> None:
     assert loss.sums[5] == 2 * data.labels.numel()
 
 
-def test_training_is_gated_and_validation_is_plain() -> None:
-    run_ranks(training_and_validation, 1)
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_is_gated_and_validation_is_plain(fused: bool) -> None:
+    run_ranks(training_and_validation, 1, fused)
 
 
-def gradient() -> None:
+def gradient(fused: bool) -> None:
     """The model's gradient is that of the formula with the weight held fixed; the logits are not written to."""
     model, data = model_and_data()
     config = EAFTConfig()
@@ -84,23 +85,24 @@ def gradient() -> None:
     (ce * (exact["weight"] * mask).flatten().float()).sum().backward()
     expected = models.gradients(model)
     model.zero_grad()
-    attach(model, config, vocab_size=V)
+    attach(model, config, vocab_size=V, fused_linear=fused)
     (data.forward(model, loss_mask=mask) * mask).sum().backward()
     assert models.largest_difference(models.gradients(model), expected) < 1e-5
     assert max(float(g.abs().max()) for g in expected.values()) > 1
 
 
-def test_gradient_reaches_every_parameter() -> None:
-    run_ranks(gradient, 1)
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradient_reaches_every_parameter(fused: bool) -> None:
+    run_ranks(gradient, 1, fused)
 
 
-def masks() -> None:
+def masks(fused: bool) -> None:
     model, data = model_and_data()
     config = EAFTConfig()
     mask = data.loss_mask
     expected = formula(data.logits(model), data.labels, config)["loss"] * mask
     assert 0 < mask.sum() < mask.numel()
-    loss = attach(model, config, vocab_size=V)
+    loss = attach(model, config, vocab_size=V, fused_linear=fused)
     assert loss is not None
 
     def check(out: Tensor, by: Tensor) -> None:
@@ -136,15 +138,16 @@ def masks() -> None:
     check(data.forward(model, loss_mask=mask), mask)
 
 
-def test_a_loss_mask_holds_for_one_forward() -> None:
-    run_ranks(masks, 1)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_mask_holds_for_one_forward(fused: bool) -> None:
+    run_ranks(masks, 1, fused)
 
 
-def ignored_labels() -> None:
+def ignored_labels(fused: bool) -> None:
     model, data = model_and_data()
     config = EAFTConfig()
     expected = formula(data.logits(model), data.labels, config)["loss"]
-    attached_loss = attach(model, config, vocab_size=V)
+    attached_loss = attach(model, config, vocab_size=V, fused_linear=fused)
     assert attached_loss is not None
     ignored = torch.zeros(data.labels.shape, dtype=torch.bool)
     ignored[0, 2] = ignored[1, :3] = True
@@ -170,8 +173,9 @@ def ignored_labels() -> None:
     assert attached_loss.sums[5] == mask.sum()
 
 
-def test_an_ignored_label_under_the_mask_is_an_error_and_elsewhere_nothing() -> None:
-    run_ranks(ignored_labels, 1)
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_ignored_label_under_the_mask_is_an_error_and_elsewhere_nothing(fused: bool) -> None:
+    run_ranks(ignored_labels, 1, fused)
 
 
 def measuring() -> None:
@@ -205,7 +209,7 @@ def test_measuring_changes_no_bit() -> None:
     run_ranks(measuring, 1)
 
 
-def heads(number: int) -> None:
+def heads(number: int, fused: bool) -> None:
     """Multi-token prediction: Megatron's own loss and gradient for the heads, EAFT for the main call alone."""
     from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, MTPLossLoggingHelper
 
@@ -225,7 +229,7 @@ def heads(number: int) -> None:
     megatron, theirs, tracked = run(0.0)
     assert max(float(g.abs().max()) for g in theirs.values()) > 1e-2
     expected = formula(data.logits_of_main(model), data.labels, EAFTConfig())
-    loss = attach(model, EAFTConfig(), vocab_size=V)
+    loss = attach(model, EAFTConfig(), vocab_size=V, fused_linear=fused)
     assert loss is not None
     out, ours, tracked_after = run(0.0)
     assert tracked.numel() == number
@@ -241,15 +245,16 @@ def heads(number: int) -> None:
     assert loss.calls == 2
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("number", [1, 2])
-def test_prediction_heads_stay_megatrons(number: int) -> None:
-    run_ranks(heads, 1, number)
+def test_prediction_heads_stay_megatrons(number: int, fused: bool) -> None:
+    run_ranks(heads, 1, number, fused)
 
 
-def recomputed(granularity: str) -> dict[str, Any]:
+def recomputed(granularity: str, fused: bool) -> dict[str, Any]:
     method = {"recompute_method": "uniform", "recompute_num_layers": 1} if granularity == "full" else {}
     model, data = model_and_data(recompute_granularity=granularity, **method)
-    loss = attach(model, EAFTConfig(), vocab_size=V)
+    loss = attach(model, EAFTConfig(), vocab_size=V, fused_linear=fused)
     assert loss is not None
     for micro_batch in range(3):
         out = data.forward(model, loss_mask=data.loss_mask)
@@ -260,26 +265,27 @@ def recomputed(granularity: str) -> dict[str, Any]:
     return models.gradients(model)
 
 
-def plain_gradients() -> dict[str, Tensor]:
+def plain_gradients(fused: bool) -> dict[str, Tensor]:
     model, data = model_and_data()
-    attach(model, EAFTConfig(), vocab_size=V)
+    attach(model, EAFTConfig(), vocab_size=V, fused_linear=fused)
     for _ in range(3):
         (data.forward(model, loss_mask=data.loss_mask) * data.loss_mask).sum().backward()
     return models.gradients(model)
 
 
-def test_recompute_calls_the_loss_once() -> None:
-    (expected,) = run_ranks(plain_gradients, 1)
+@pytest.mark.parametrize("fused", [False, True])
+def test_recompute_calls_the_loss_once(fused: bool) -> None:
+    (expected,) = run_ranks(plain_gradients, 1, fused)
     for granularity in ("full", "selective"):
-        (found,) = run_ranks(recomputed, 1, granularity)
+        (found,) = run_ranks(recomputed, 1, granularity, fused)
         assert all(torch.equal(found[name], expected[name]) for name in expected), granularity
 
 
-def shard(tensor: int, sequence: bool) -> dict[str, Any]:
+def shard(tensor: int, sequence: bool, fused: bool, tied: bool) -> dict[str, Any]:
     models.start(tensor)
-    model = models.gpt(models.config(tensor, sequence_parallel=sequence))
+    model = models.gpt(models.config(tensor, sequence_parallel=sequence), tied=tied)
     data = models.batch()
-    loss = attach(model, EAFTConfig(), vocab_size=V)
+    loss = attach(model, EAFTConfig(), vocab_size=V, fused_linear=fused)
     assert loss is not None
     out = data.forward(model, loss_mask=data.loss_mask)
     (out * data.loss_mask).sum().backward()
@@ -290,10 +296,12 @@ def shard(tensor: int, sequence: bool) -> dict[str, Any]:
     return {"loss": out.detach(), "sums": loss.sums, "gradients": models.gradients(model), "axes": axes}
 
 
-def test_tensor_parallel_is_the_same_loss() -> None:
-    (whole,) = run_ranks(shard, 1, 1, False)
+@pytest.mark.parametrize("fused, tied", [(False, False), (True, False), (True, True)])
+def test_tensor_parallel_is_the_same_loss(fused: bool, tied: bool) -> None:
+    # One rank and no fusion is what the others are compared with.
+    (whole,) = run_ranks(shard, 1, 1, False, False, tied)
     for sequence in (False, True):
-        first, second = run_ranks(shard, 2, 2, sequence)
+        first, second = run_ranks(shard, 2, 2, sequence, fused, tied)
         assert torch.equal(first["loss"], second["loss"])
         assert torch.equal(first["sums"], second["sums"])
         close(first["loss"], whole["loss"])
@@ -315,34 +323,38 @@ def test_tensor_parallel_is_the_same_loss() -> None:
 # --- coming and going
 
 
-def coming_and_going() -> None:
+def coming_and_going(fused: bool) -> None:
     model, data = model_and_data()
     names, attributes = list(model.state_dict()), dict(model.__dict__)
+    of_the_layer = dict(model.output_layer.__dict__)
     sharded = set(model.sharded_state_dict())
     before = data.forward(model).detach()
     assert attached(model) is None
     detach(model)
 
-    loss = attach(model, EAFTConfig(), vocab_size=V)
+    loss = attach(model, EAFTConfig(), vocab_size=V, fused_linear=fused)
     assert loss is not None
     assert attached(model) is loss
     assert loss.in_place()
     assert list(model.state_dict()) == names
     assert set(model.sharded_state_dict()) == sharded
     assert "compute_language_model_loss" in model.__dict__
+    assert loss.fused_linear is fused
+    assert ("forward" in model.output_layer.__dict__) is fused
     with pytest.raises(ValueError, match=r"GPTModel\.compute_language_model_loss is replaced already"):
-        attach(model, EAFTConfig(), vocab_size=V)
+        attach(model, EAFTConfig(), vocab_size=V, fused_linear=fused)
     assert attached(model) is loss
 
     detach(model)
     assert attached(model) is None
     assert not loss.in_place()
     assert model.__dict__.keys() == attributes.keys()
+    assert model.output_layer.__dict__ == of_the_layer
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
     assert not model._forward_pre_hooks_with_kwargs
     assert torch.equal(data.forward(model), before)
-    again = attach(model, EAFTConfig(), vocab_size=V)
+    again = attach(model, EAFTConfig(), vocab_size=V, fused_linear=fused)
     assert again is not loss
     assert again is not None
     data.forward(model)
@@ -353,11 +365,12 @@ def coming_and_going() -> None:
     assert not again.in_place()
     assert attached(model) is None
     with pytest.raises(ValueError, match="replaced already"):
-        attach(model, EAFTConfig(), vocab_size=V)
+        attach(model, EAFTConfig(), vocab_size=V, fused_linear=fused)
 
 
-def test_attach_and_detach_leave_no_trace() -> None:
-    run_ranks(coming_and_going, 1)
+@pytest.mark.parametrize("fused", [False, True])
+def test_attach_and_detach_leave_no_trace(fused: bool) -> None:
+    run_ranks(coming_and_going, 1, fused)
 
 
 def stages() -> None:
@@ -407,8 +420,8 @@ def wrong_arguments() -> None:
     for size in (models.PADDED_VOCAB_SIZE + 1, 1, 0):
         with pytest.raises(ValueError, match=rf"^vocab_size: {size}; allowed: 2 to 32"):
             attach(model, EAFTConfig(), vocab_size=size)
-    with pytest.raises(ValueError, match=r"^fused_linear: True"):
-        attach(model, EAFTConfig(), vocab_size=V, fused_linear=True)
+    with pytest.raises(ValueError, match=r"^fused_linear: True; allowed: False with measure_only=True"):
+        attach(model, EAFTConfig(), vocab_size=V, fused_linear=True, measure_only=True)
     assert attached(model) is None
     assert not model._forward_pre_hooks
     assert attach(model, EAFTConfig(), vocab_size=models.PADDED_VOCAB_SIZE) is not None

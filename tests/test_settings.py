@@ -86,7 +86,7 @@ def test_loss_settings_and_config_agree() -> None:
         ("loss", {"conflict_probability": 1.5}, "loss.conflict_probability must be a number in [0, 1], got 1.5"),
         ("loss", {"gate": "sigmoid", "gate_slope": 0.0}, "loss.gate_slope must be a finite number above 0, got 0.0"),
         ("loss", {"gate": "stock", "alpha": -1.0}, "loss.alpha must be"),
-        ("loss", {"fused_linear": True}, "loss.fused_linear=true"),
+        ("loss", {"fused_linear": True, "gate": "stock"}, "loss.fused_linear=true with loss.gate=stock"),
         ("parallel", {"tensor": 0}, "parallel.tensor=0 must be 1 or more"),
         (
             "parallel",
@@ -253,3 +253,10 @@ def test_what_passes_is_what_nemo_accepts(
             assert nemo
             assert settings.data_parallel * model == world
             assert settings.num_micro_batches * micro * settings.data_parallel == batch
+
+
+def test_the_fused_output_layer_is_a_choice() -> None:
+    for choice in (True, False, "auto"):
+        assert make(loss={"fused_linear": choice}).loss.fused_linear == choice
+    for choice in (False, "auto"):
+        assert make(loss={"fused_linear": choice, "gate": "stock"}).loss.gate == "stock"

@@ -1,0 +1,86 @@
+"""Matrix products that add into a tensor, and how large a piece of the logits is at once."""
+
+import torch
+from torch import Tensor
+
+# Bytes of logits in a piece, those of float32 copies included. On a CPU the whole of forward and backward stays
+# below 64 MiB beside inputs and gradients; forward has room for more, and a product of few rows by the whole weight
+# is slow (measured at 49152 x 576 on two cores: 122 rows at a time take 1.4 times as long as all, 256 rows 1.1).
+# A GPU needs pieces that fill it: 128 MiB of bfloat16 are 8192 tokens by 8192 columns; with the float32 gradient of
+# 8192 hidden states of 5120 that is below 400 MB (counted, not measured).
+_CPU_PIECE_BYTES = 24 << 20
+_CPU_CHUNK_BYTES = 40 << 20
+_DEVICE_PIECE_BYTES = 128 << 20
+_LEAST_ROWS = 16
+_LEAST_COLUMNS = 512
+_COLUMN_UNIT = 128
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of this dtype are held in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def token_chunks(tokens: int, vp_width: int, like: Tensor) -> list[slice]:
+    """Ranges of tokens whose whole rows [chunk, V_local] are one piece; one empty range for no tokens."""
+    step = max(_elements(like, _CPU_CHUNK_BYTES) // max(vp_width, 1), _LEAST_ROWS)
+    # The last chunk is as large as the others.
+    number = max(-(-tokens // step), 1)
+    return _ranges(tokens, -(-tokens // number) or 1) or [slice(0, 0)]
+
+
+def vocabulary_tiles(tokens: int, columns: int, like: Tensor) -> tuple[list[slice], list[slice]]:
+    """Ranges of columns and of tokens such that one of each is a piece: all tokens, unless they are so many
+    that a piece would be a few columns only. The range of tokens is one empty range for no tokens."""
+    elements = _elements(like, _CPU_PIECE_BYTES)
+    width = max(elements // max(tokens, 1) // _COLUMN_UNIT * _COLUMN_UNIT, _LEAST_COLUMNS)
+    width = min(width, max(columns, 1))
+    return _ranges(columns, width), _ranges(tokens, max(elements // width, _LEAST_ROWS)) or [slice(0, 0)]
+
+
+def piece_buffer(elements: int, like: Tensor) -> Tensor:
+    """Flat memory for the largest of several pieces, to be used again for each."""
+    return torch.empty(elements, dtype=like.dtype, device=like.device)
+
+
+def product_in(buffer: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, written to the beginning of a flat buffer."""
+    out = buffer[: a.shape[0] * b.shape[1]].view(a.shape[0], b.shape[1])
+    return torch.mm(a, b, out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
+    """``total += a @ b``, or ``total = a @ b`` where ``fresh``; summed at least in float32 and rounded once.
+
+    No temporary of ``total``'s size for float32. On a CPU bfloat16 and float16 are multiplied as float32, because
+    PyTorch has no product there whose result is wider than its factors.
+
+    Args:
+        total: [m, n], of the factors' dtype or wider.
+        a: [m, k].
+        b: [k, n] of the same dtype.
+        fresh: ``total`` holds nothing yet, possibly NaN.
+    """
+    beta = 0.0 if fresh else 1.0
+    wide = wide_dtype(a.dtype)
+    if total.dtype == a.dtype and (a.dtype == wide or a.is_cuda):
+        # cuBLAS sums bfloat16 and float16 in float32.
+        total.addmm_(a, b, beta=beta)
+    elif total.dtype == wide:
+        if a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # since torch 2.8
+            torch.ops.aten.addmm.dtype_out(total, a, b, wide, beta=beta, alpha=1, out=total)
+        else:
+            total.addmm_(a.to(wide), b.to(wide), beta=beta)
+    else:
+        product = a.to(wide) @ b.to(wide)
+        total.copy_(product if fresh else product.add_(total))
+
+
+def _elements(like: Tensor, cpu_bytes: int) -> int:
+    if like.device.type == "cpu":
+        return cpu_bytes // wide_dtype(like.dtype).itemsize
+    return _DEVICE_PIECE_BYTES // like.element_size()
+
+
+def _ranges(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
