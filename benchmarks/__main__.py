@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -33,7 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks.contenders import BY_NAME
     from benchmarks.plan import plan
     from benchmarks.runner import run
+    from nemo_eaft.loss.backend import VARIABLE
 
+    if os.environ.get(VARIABLE) is not None:
+        made.error(f"{VARIABLE} is set: what is measured must be the default path of the device")
     if unknown := [name for name in options.only if name not in BY_NAME]:
         made.error(f"argument --only: no contender {unknown[0]!r}; there are {', '.join(BY_NAME)}")
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -13,6 +13,7 @@ an error at the first forward, never another loss.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,10 @@ class FusedOutput:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model: Any = model
         self._layer = _layer_of(self._model)
+        parameters = list(inspect.signature(model.forward).parameters)
+        if "labels" not in parameters:
+            raise ValueError(f"{_REFUSED} {type(model).__name__}.forward has no parameter named labels")
+        self.labels_at = parameters.index("labels")
         self._real: Callable[..., Any] = self._layer.forward
         self._expects_main = False
         self._weight: Tensor | None = None
@@ -156,7 +161,8 @@ def _layer_of(model: Any) -> Any:
         raise ValueError(f"{_REFUSED} its output layer is {kind}{adapter}, not megatron-core's ColumnParallelLinear")
     if type(layer).forward is not ColumnParallelLinear.forward or "forward" in layer.__dict__:
         raise ValueError(f"{_REFUSED} the forward of its output layer {kind} is not ColumnParallelLinear's")
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    # Hooks before forward still run, as it is shadowed below __call__; DDP has one with overlap_param_gather.
+    if layer._forward_hooks:
         raise ValueError(f"{_REFUSED} its output layer has forward hooks, which would see no logits")
     reasons = {
         "a bias": layer.bias is not None,

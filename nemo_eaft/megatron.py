@@ -8,7 +8,6 @@ The fused output layer needs a second place, `output_layer.forward`: see fused_o
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +59,6 @@ class AttachedLoss:
         self._model = model
         self._group = group
         self._fused = fused
-        self._labels_at = list(inspect.signature(model.forward).parameters).index("labels") if fused else None
         self._megatron_loss: Callable[[Tensor, Tensor], Tensor] = getattr(model, _METHOD)
         self._loss_mask: Tensor | None = None
         self._heads_left = 0
@@ -103,8 +101,8 @@ class AttachedLoss:
             self._loss_mask = kwargs["loss_mask"]
         self._heads_left = (model.config.mtp_num_layers or 0) if getattr(model, "mtp_process", False) else 0
         if self._fused is not None:
-            assert self._labels_at is not None
-            given = args[self._labels_at] if len(args) > self._labels_at else kwargs.get("labels")
+            place = self._fused.labels_at
+            given = args[place] if len(args) > place else kwargs.get("labels")
             self._fused.start(expect_main=given is not None and not self._heads_left)
 
     def _after_forward(self, _: Any, __: Any, output: Any) -> None:
@@ -206,8 +204,10 @@ def attach(
     padded = getattr(core, "vocab_size", None)
     if padded is not None and not 2 <= vocab_size <= padded:
         raise ValueError(f"vocab_size: {vocab_size}; allowed: 2 to {padded}, the model's padded vocabulary")
+    group = _tensor_parallel_group(core)
+    # Last of what can fail, as it changes the output layer.
     fused = FusedOutput(core) if fused_linear else None
-    loss = AttachedLoss(core, config, vocab_size, _tensor_parallel_group(core), measure_only, fused)
+    loss = AttachedLoss(core, config, vocab_size, group, measure_only, fused)
     assert loss.in_place()
     return loss
 

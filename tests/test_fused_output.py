@@ -192,7 +192,11 @@ def main_grads(
     if half:
         core = Float16Module(config, core)
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, overlap_grad_reduce=overlap
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed,
+        overlap_grad_reduce=overlap,
+        # Puts a forward pre-hook on every module, the output layer too.
+        overlap_param_gather=distributed and overlap,
     )
     model = DistributedDataParallel(config, ddp, core)
     loss = attach(model, EAFTConfig(), vocab_size=V, fused_linear=fuse)

@@ -218,9 +218,10 @@ def _report(settings: Settings, source: Source, counts: dict[str, int], bad: lis
 
 
 def _form(values: dict[str, Any]) -> Kind | None:
-    if "messages" in values:
+    # A data set gives every row every column, None where it has no value.
+    if values.get("messages") is not None:
         return "chat"
-    return "pair" if "input" in values and "output" in values else None
+    return "pair" if values.get("input") is not None and values.get("output") is not None else None
 
 
 def _kind(source: Source) -> Kind:

@@ -111,10 +111,11 @@ def check_overwritable(logits: Tensor) -> None:
     """Refuse ``inplace_backward`` where writing the gradient over the logits would corrupt something."""
     if not logits.requires_grad:
         return
-    if logits.is_leaf or logits.retains_grad:
+    base = logits._base
+    if any(t is not None and t.requires_grad and (t.is_leaf or t.retains_grad) for t in (logits, base)):
         raise ValueError(
-            "inplace_backward must be False for a leaf tensor or one that retains its gradient: its .grad "
-            "would be its own overwritten storage"
+            "inplace_backward must be False for a leaf tensor, one that retains its gradient, or a view of such: its "
+            ".grad would be its own overwritten storage"
         )
     if _may_overlap(logits):
         raise ValueError(

@@ -2,7 +2,8 @@
 
 Only where the upstream gradient will be one number for every token that counts, and with one rank. Forward computes
 both gradients for the number 1, chunk by chunk while the logits are there; backward multiplies them. In exchange
-tokens x D and V x D numbers in float32 live from forward to backward.
+tokens x D and V x D numbers in float32 live from forward to backward. On a CPU bfloat16 and float16 factors are
+converted for each product, the whole weight among them.
 """
 
 from typing import Any
@@ -32,6 +33,7 @@ class LinearLossOnce(torch.autograd.Function):
         counted = without_ignored(tokens, target) if wants_weight else tokens
         chunks = token_chunks(len(tokens), len(weight), weight)
         buffer = piece_buffer(chunks[0].stop * len(weight), weight)
+        real = job.shard.columns
         parts = []
         for rows in chunks:
             logits = product_in(buffer, tokens[rows], weight.t())
@@ -44,9 +46,10 @@ class LinearLossOnce(torch.autograd.Function):
                 logits, logits, target[rows], job.shard, statistics.maximum, statistics.log_sum, unit
             )
             if grad_tokens is not None:
-                add_product(grad_tokens[rows], logits, weight, fresh=True)
+                # Real columns only: 0 * NaN in a padding row of the weight would be NaN.
+                add_product(grad_tokens[rows], logits[:, :real], weight[:real], fresh=True)
             if grad_weight is not None:
-                add_product(grad_weight, logits.t(), counted[rows], fresh=False)
+                add_product(grad_weight[:real], logits[:, :real].t(), counted[rows], fresh=False)
         ctx.save_for_backward(weight, target, grad_tokens, grad_weight)
         ctx.job, ctx.shape, ctx.dtype = job, hidden.shape, hidden.dtype
         ctx.set_materialize_grads(False)

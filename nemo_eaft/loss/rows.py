@@ -17,9 +17,9 @@ def row_blocks(tokens: int, width: int, device: torch.device, itemsize: int) -> 
     row_bytes = max(width, 1) * itemsize
     step = max(_BLOCK_BYTES.get(device.type, _DEVICE_BLOCK_BYTES) // row_bytes, 1)
     if device.type == "cpu":
-        # Softmax gives each thread whole rows.
+        # Softmax gives each thread whole rows, so one row a thread at least.
         threads = torch.get_num_threads()
-        step = -(-step // threads) * threads
+        step = max(step // threads, 1) * threads
     for start in range(0, tokens, step):
         yield start, min(start + step, tokens)
 

@@ -120,6 +120,11 @@ def test_length_limit_is_exact(tmp_path: Path, tokenizer: Any) -> None:
         ('{"input": "a", "output": ""}\n', "t.jsonl:1: 'output' is empty"),
         ('{"input": "a", "output": "b"}\n{"input": "a"}\n', "t.jsonl:2: no 'output'"),
         ('{"input": "a", "output": 5}\n', "t.jsonl:1: 'output' must be text, got int"),
+        # A data set's columns without a value are no form.
+        (
+            '{"input": "a", "output": "b"}\n{"input": "a", "output": null, "messages": null}\n',
+            "t.jsonl:2: 'output' must be",
+        ),
         (
             '{"input": "a", "output": "b"}\n{"messages": []}\n',
             "t.jsonl:2: has 'messages', but the first row has 'input' and 'output'",

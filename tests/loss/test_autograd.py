@@ -290,3 +290,12 @@ def test_one_graph_through_the_loss_is_refused() -> None:
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"torch\.compiler\.disable"):
         torch.compile(compiled_parts(False, False), backend="aot_eager", fullgraph=True)(x, labels)
+
+
+def test_a_view_of_a_leaf_is_not_overwritten() -> None:
+    leaf = torch.randn(6, 40, requires_grad=True)
+    kept = torch.randn(6, 40, requires_grad=True) * 2
+    kept.retain_grad()
+    for logits in (leaf.view(-1, 40), kept.view(-1, 40)):
+        with pytest.raises(ValueError, match="inplace_backward must be False for a leaf"):
+            eaft_loss(logits, torch.zeros(6, dtype=torch.int64), CONFIG, inplace_backward=True)

@@ -373,6 +373,24 @@ def test_gradients_made_in_forward(dtype: torch.dtype, piece: tuple[int, int], m
         torch.testing.assert_close(got.double(), want.double(), rtol=2 * eps, atol=8 * eps)
 
 
+@pytest.mark.parametrize("once", [False, True])
+def test_padding_rows_of_the_weight_reach_nothing(once: bool) -> None:
+    hidden, weight, labels, _ = problem()
+    padded = torch.cat([weight, torch.full((3, weight.shape[1]), math.nan, dtype=weight.dtype)])
+    gradients = []
+    for part in (weight, padded):
+        h, w = hidden.clone().requires_grad_(), part.clone().requires_grad_()
+        out = adapter_loss(h, w, labels, vocab_size=len(weight), scaled_mask_upstream=once)
+        out.loss.sum().backward()
+        gradients.append((h.grad, w.grad))
+    (want_h, want_w), (got_h, got_w) = gradients
+    assert got_h is not None
+    assert got_w is not None
+    torch.testing.assert_close(got_h, want_h, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got_w[: len(weight)], want_w, rtol=1e-12, atol=1e-12)
+    assert (got_w[len(weight) :] == 0).all()
+
+
 def test_gradients_made_in_forward_are_not_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward multiplies no matrices, and without gradients forward makes none."""
     calls: list[str] = []
