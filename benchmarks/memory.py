@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -43,6 +43,9 @@ class Memory:
 
     method: str
 
+    forward: int = 0
+    """Peak of ``extra`` in forward alone."""
+
     @property
     def total(self) -> int:
         """What the ratios compare: inputs and everything the loss allocates."""
@@ -50,8 +53,9 @@ class Memory:
 
     @property
     def beyond_gradients(self) -> int:
-        """Peak beyond inputs and gradients, for a contender whose gradients are tensors of their own."""
-        return max(self.extra - self.gradients, 0)
+        """Peak beyond inputs and gradients, for a contender whose gradients are tensors of their own made in backward:
+        in forward there are none to take off."""
+        return max(self.forward, self.extra - self.gradients)
 
 
 def measure(contender: Contender, case: Case, device: torch.device) -> Memory:
@@ -63,10 +67,10 @@ def measure(contender: Contender, case: Case, device: torch.device) -> Memory:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        _call(contender, inputs, case)
-        torch.cuda.synchronize()
-        peak, method = torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
-        return Memory(inputs=size, extra=peak - before, gradients=size, method=method)
+        forward = _call(contender, inputs, case, torch.cuda.max_memory_allocated) - before
+        extra = torch.cuda.max_memory_allocated() - before
+        method = "torch.cuda.max_memory_allocated"
+        return Memory(inputs=size, extra=extra, gradients=size, method=method, forward=forward)
     method = "VmHWM, not reset: first call"
     if _reset_high_water_mark():
         _call(contender, inputs, case)
@@ -75,8 +79,9 @@ def measure(contender: Contender, case: Case, device: torch.device) -> Memory:
         _reset_high_water_mark()
         method = "VmHWM, reset after a first call"
     before = _status("VmRSS")
-    _call(contender, inputs, case)
-    return Memory(inputs=size, extra=max(_status("VmHWM") - before, 0), gradients=size, method=method)
+    forward = max(_call(contender, inputs, case, lambda: _status("VmHWM")) - before, 0)
+    extra = max(_status("VmHWM") - before, 0)
+    return Memory(inputs=size, extra=extra, gradients=size, method=method, forward=forward)
 
 
 def measure_in_new_process(name: str, cases: Sequence[Case]) -> list[Memory | str]:
@@ -97,9 +102,12 @@ def measure_in_new_process(name: str, cases: Sequence[Case]) -> list[Memory | st
     return [answer if isinstance(answer, str) else Memory(**answer) for answer in answers]
 
 
-def _call(contender: Contender, inputs: Inputs, case: Case) -> None:
+def _call(contender: Contender, inputs: Inputs, case: Case, peak: Callable[[], int] = lambda: 0) -> int:
+    """Forward and backward; what ``peak`` says between them."""
     loss = contender.forward(inputs, case)
+    forward = peak()
     torch.autograd.grad(loss, inputs.tensors, torch.ones_like(loss))
+    return forward
 
 
 def _reset_high_water_mark() -> bool:

@@ -254,6 +254,10 @@ def test_a_memory_ratio_counts_the_logits() -> None:
     assert memory_ratio(rows, SMALL, "eaft", "peers-eaft") == pytest.approx(2 / 3)
     beyond = [each.memory.beyond_gradients for each in rows if isinstance(each.memory, Memory)]
     assert beyond == [0, 0, size]
+    # What forward takes is not paid for by gradients that backward makes.
+    assert (
+        Memory(inputs=size, extra=size, gradients=size, method="test", forward=size // 2).beyond_gradients == size // 2
+    )
 
 
 def test_bytes_per_logit() -> None:
