@@ -42,9 +42,6 @@ class Contender:
     compiled: bool = False
     """``torch.compile`` on a CPU, tens of seconds for each size."""
 
-    overwrites: Callable[[Case], bool] = lambda case: False
-    """Whether it leaves something else in the caller's tensors."""
-
     missing: Callable[[], str | None] = lambda: None
     """Why it is not there, or None."""
 
@@ -122,7 +119,6 @@ CONTENDERS: tuple[Contender, ...] = (
         forward=_eaft_inplace,
         formula="eaft",
         ours=True,
-        overwrites=lambda case: True,
     ),
     Contender(
         name="peers-eaft",
@@ -136,8 +132,6 @@ CONTENDERS: tuple[Contender, ...] = (
         label="Megatron-Core, unfused CE",
         forward=peers.megatron_unfused,
         missing=peers.missing_megatron,
-        # Its .float() copies nothing where the logits are float32 already.
-        overwrites=lambda case: case.dtype == "float32",
     ),
     Contender(
         name="megatron-fused",
@@ -145,7 +139,6 @@ CONTENDERS: tuple[Contender, ...] = (
         forward=peers.megatron_fused,
         missing=peers.missing_megatron,
         compiled=True,
-        overwrites=lambda case: case.dtype == "float32",
     ),
     Contender(
         name="liger",
@@ -160,7 +153,6 @@ CONTENDERS: tuple[Contender, ...] = (
         forward=peers.transformer_engine,
         missing=lambda: peers.missing("transformer_engine"),
         gpu_only=True,
-        overwrites=lambda case: True,
     ),
     Contender(
         name="eaft-linear",

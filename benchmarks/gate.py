@@ -6,10 +6,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.machine import ROOT
 
 KERNEL_TESTS: tuple[str, ...] = (
     "tests/loss/test_vocab_parallel.py",

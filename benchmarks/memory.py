@@ -21,9 +21,8 @@ import torch
 
 from benchmarks.cases import Case, Inputs, fill, make_inputs
 from benchmarks.contenders import BY_NAME, Contender
+from benchmarks.machine import ROOT
 from benchmarks.peers import describe, fresh_compiler
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # Every tensor in pages of its own, given back at once: what is resident is what is allocated.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}

@@ -10,12 +10,12 @@ from typing import Any
 from benchmarks.contenders import BY_NAME
 from benchmarks.memory import Memory
 from benchmarks.plot import draw
-from benchmarks.results import Row, find, memory_ratio, time_ratio
+from benchmarks.results import Row, memory_ratio, time_ratio
 from benchmarks.targets import Outcome
 
 DEFINITIONS = (
     "Times are milliseconds, median [quartiles] of rounds in which every contender runs once, in one process, in "
-    "rotating order, after a warm-up, its logits restored before each call outside the timed region.",
+    "rotating order, after a warm-up, given logits restored before each call outside the timed region.",
     "A ratio is the median of the rounds' ratios. Below 1, ours takes less.",
     "Peak memory is the logits (or hidden states and weight) and everything the loss allocates, gradient included; "
     "`extra` is the part beyond those inputs. On a CPU each contender is measured in a process of its own. MB is "
@@ -146,7 +146,7 @@ def _time(row: Row, part: str) -> str:
 
 
 def _ratios(rows: list[Row], ours: Row, row: Row) -> list[str]:
-    if find(rows, row.case, row.contender) is ours:
+    if row is ours:
         return ["1", "1"]
     time = time_ratio(rows, row.case, ours.contender, row.contender)
     memory = memory_ratio(rows, row.case, ours.contender, row.contender)

@@ -114,7 +114,7 @@ def _reason(contender: Contender, step: Step, device: torch.device) -> str | Non
     if (reason := contender.unavailable(step.case, device)) is not None:
         return reason
     if contender.name in step.left_out:
-        return "left out by --quick: it would take longer than all the rest"
+        return "left out of this case: it would take longer than all the rest"
     return error_of(contender, step.case, device)
 
 

@@ -64,8 +64,8 @@ def time_contenders(
     """Rounds of every contender, or the reason why it dropped out.
 
     In each round every contender runs once, each round starting with another one. Before every call, outside
-    the timed region, the logits are restored from a master copy: some contenders overwrite them, and all
-    shall find the caches alike.
+    the timed region, given logits are restored from a master copy: some contenders overwrite them (Megatron those
+    of float32), and all shall find the caches alike.
     """
     inputs = make_inputs(case, device)
     masters = tuple(tensor.detach().clone() for tensor in inputs.tensors) if case.hidden is None else ()

@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 
 from nemo_eaft.config import EAFTConfig
 from nemo_eaft.loss import TokenLoss
+from nemo_eaft.loss.collectives import group_size
 from nemo_eaft.loss.linear import output_layer_loss
 
 _REFUSED = "fused_linear: True; allowed: False with this model:"
@@ -110,7 +111,7 @@ class FusedOutput:
             loss_mask=loss_mask,
             sequence_parallel=self._layer.sequence_parallel,
             into_main_grad=self._adds_to_main_grad(weight),
-            scaled_mask_upstream=scaled_mask_upstream and one_in_flight and (group is None or group.size() == 1),
+            scaled_mask_upstream=scaled_mask_upstream and one_in_flight and group_size(group) == 1,
         )
 
     def in_place(self) -> bool:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from nemo_eaft.loss.records import Scratch, skippable, statistics_dtype
+from nemo_eaft.loss.records import statistics_dtype
 from nemo_eaft.loss.rows import TokenRows, row_blocks
+from nemo_eaft.loss.scratch import Scratch, clear_rows, skippable
 from nemo_eaft.loss.shard import IGNORED, Shard
 
 
@@ -74,9 +75,7 @@ def gradient_rows(
     at_label = (probability.gather(1, index).squeeze(-1) * scale - held) * coefficient
     values = torch.mul(probability, (scale * coefficient).unsqueeze(-1), out=probability if place is None else place)
     values.scatter_(1, index, at_label.unsqueeze(-1))
-    ignored = target == IGNORED
-    if z.device.type != "cpu" or ignored.any():
-        values.masked_fill_(ignored.unsqueeze(-1), 0.0)
+    clear_rows(values, target == IGNORED)
     return values
 
 

@@ -25,19 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nemo_eaft.loss.records import record_width, statistics_dtype
+from nemo_eaft.loss.records import empty_records, record_width, statistics_dtype
 from nemo_eaft.loss.row_sets import RowSet, row_offset, row_sets
 from nemo_eaft.loss.selection import selection
 from nemo_eaft.loss.shard import IGNORED, Shard
+from nemo_eaft.loss.topk import block_columns
 
 _IGNORED = tl.constexpr(IGNORED)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
-# Columns whose maximum is kept: sqrt(2 * width / K) minimises maxima plus candidates, about 123 for a whole vocabulary
-# and 44 for an eighth of one.
-_GROUP = 64
-_WIDE_GROUP = 128
-_WIDE = 60000
 # Columns a program holds in registers at once, and how many of them a thread. Several programs then fit on a
 # multiprocessor, and while some wait for memory others calculate. Fewer where each column needs more registers.
 _LEAST_BLOCK = 1024
@@ -63,17 +59,11 @@ def local_records(logits: Tensor, target: Tensor, shard: Shard, top_k: int | Non
     assert target.is_contiguous()
     dtype = statistics_dtype(logits.dtype)
     tokens = logits.shape[:-1].numel()
-    records = torch.empty(tokens, record_width(top_k), dtype=dtype, device=logits.device)
     columns = shard.columns
     if columns == 0:
-        # What a shard without real columns says; zeros in rows that do not count.
-        empty = torch.zeros(records.shape[1], dtype=dtype, device=logits.device)
-        empty[0] = float("-inf")
-        if top_k is not None:
-            empty[3:] = float("-inf")
-        counted = (target != IGNORED).unsqueeze(-1)
-        return records.copy_(torch.where(counted, empty, torch.zeros_like(empty)))
-    group = _WIDE_GROUP if logits.shape[-1] >= _WIDE else _GROUP
+        return empty_records(target, top_k, dtype)
+    records = torch.empty(tokens, record_width(top_k), dtype=dtype, device=logits.device)
+    group = block_columns(logits.shape[-1])
     groups = triton.cdiv(columns, group)
     pitch = triton.cdiv(groups, 16) * 16
     maxima = torch.empty(0 if top_k is None else tokens, pitch, dtype=logits.dtype, device=logits.device)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nemo_eaft.loss.rows import TokenRows, row_blocks
+from nemo_eaft.loss.scratch import Scratch, skippable
 from nemo_eaft.loss.shard import IGNORED, Shard
 from nemo_eaft.loss.topk import top_values
 
@@ -65,6 +66,8 @@ def local_records(logits: Tensor, target: Tensor, shard: Shard, top_k: int | Non
         [tokens, record_width(top_k)] of ``statistics_dtype(logits.dtype)``.
     """
     dtype = statistics_dtype(logits.dtype)
+    if shard.columns == 0:
+        return empty_records(target, top_k, dtype)
     rows = TokenRows(logits)
     records = torch.zeros(rows.tokens, record_width(top_k), dtype=dtype, device=logits.device)
     scratch = Scratch(shard.columns, dtype, logits.device)
@@ -76,70 +79,29 @@ def local_records(logits: Tensor, target: Tensor, shard: Shard, top_k: int | Non
     return records
 
 
-class Scratch:
-    """Room for the two [r, columns] tensors that a block of rows needs, kept from one block to the next.
-
-    Fresh memory is slow on a CPU: the system clears every page of it, which costs as much as the arithmetic.
-    """
-
-    def __init__(self, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._columns, self._dtype, self._device = columns, dtype, device
-        self._tensors: dict[str, Tensor] = {}
-
-    def converted(self, block: Tensor) -> Tensor:
-        """``block`` in the statistics' dtype: itself, or a copy that lives until the next call."""
-        if block.dtype == self._dtype:
-            return block
-        return self._room("converted", len(block)).copy_(block)
-
-    def softmax(self, z: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
-        """[r, columns] softmax over a shard, living until the next call, and [r] its largest value.
-
-        Their ratio is e^(z - m). PyTorch's softmax is one fused kernel with a fast exponential, on a CPU twice as
-        quick as the steps apart. Its own sum over a long row loses digits; they cancel in the ratio. A row of nothing
-        but -Inf gives 0 and 1.
-        """
-        probability = torch.softmax(z, dim=-1, out=self._room("probability", len(z)))
-        peak = probability.amax(dim=-1)
-        empty = maximum == float("-inf")
-        # Where the host may look, a pass is saved; on a GPU that would make it wait.
-        if z.device.type != "cpu" or empty.any():
-            probability.masked_fill_(empty.unsqueeze(-1), 0.0)
-            peak.masked_fill_(empty, 1.0)
-        return probability, peak
-
-    def _room(self, name: str, rows: int) -> Tensor:
-        tensor = self._tensors.get(name)
-        if tensor is None or len(tensor) < rows:
-            tensor = torch.empty(rows, self._columns, dtype=self._dtype, device=self._device)
-            self._tensors[name] = tensor
-        return tensor[:rows]
-
-
-def skippable(target: Tensor) -> bool:
-    """Whether a block of rows has no token that counts; only asked where the host need not wait."""
-    return target.device.type == "cpu" and bool((target == IGNORED).all())
+def empty_records(target: Tensor, top_k: int | None, dtype: torch.dtype) -> Tensor:
+    """The records of a shard without real columns."""
+    records = torch.zeros(len(target), record_width(top_k), dtype=dtype, device=target.device)
+    records[:, _MAXIMUM] = float("-inf")
+    if top_k is not None:
+        records[:, _ENTROPY:] = float("-inf")
+    return records.masked_fill_((target == IGNORED).unsqueeze(-1), 0.0)
 
 
 def write_record(record: Tensor, block: Tensor, target: Tensor, top_k: int | None, scratch: Scratch) -> None:
     """Fill the records of a few rows: [r, record_width], from [r, columns] logits and [r] local targets."""
-    if block.shape[-1] == 0:
-        record[:, _MAXIMUM] = float("-inf")
-        if top_k is not None:
-            record[:, _ENTROPY:] = float("-inf")
+    z = scratch.converted(block)
+    largest = None if top_k is None else top_values(z, top_k)
+    maximum = z.amax(dim=-1) if largest is None else largest[:, 0]
+    probability, peak = scratch.softmax(z, maximum)
+    record[:, _MAXIMUM] = maximum
+    record[:, _SUM] = probability.sum(dim=-1).div_(peak)
+    record[:, _TARGET] = target_value(z, target)
+    if largest is not None:
+        record[:, _ENTROPY:] = largest
     else:
-        z = scratch.converted(block)
-        largest = None if top_k is None else top_values(z, top_k)
-        maximum = z.amax(dim=-1) if largest is None else largest[:, 0]
-        probability, peak = scratch.softmax(z, maximum)
-        record[:, _MAXIMUM] = maximum
-        record[:, _SUM] = probability.sum(dim=-1).div_(peak)
-        record[:, _TARGET] = target_value(z, target)
-        if largest is not None:
-            record[:, _ENTROPY:] = largest
-        else:
-            shifted = z - finite_shift(maximum).unsqueeze(-1)
-            record[:, _ENTROPY] = shifted_sum(shifted, probability).div_(peak)
+        shifted = z - finite_shift(maximum).unsqueeze(-1)
+        record[:, _ENTROPY] = shifted_sum(shifted, probability).div_(peak)
     record.masked_fill_((target == IGNORED).unsqueeze(-1), 0.0)
 
 

@@ -37,7 +37,12 @@ def top_values(rows: Tensor, k: int) -> Tensor:
         return torch.nn.functional.pad(values, (0, k - width), value=float("-inf"))
     if width < _DIRECT_WIDTH:
         return rows.topk(k, dim=-1).values
-    return block_top_values(rows, k, _WIDE_BLOCK if width >= _WIDE else _BLOCK)
+    return block_top_values(rows, k, block_columns(width))
+
+
+def block_columns(width: int) -> int:
+    """Columns of which one maximum is kept, for rows of this width."""
+    return _WIDE_BLOCK if width >= _WIDE else _BLOCK
 
 
 def block_top_values(rows: Tensor, k: int, block: int) -> Tensor:

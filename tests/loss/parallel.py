@@ -73,3 +73,19 @@ def assert_matches(
     torch.testing.assert_close(got.out.cross_entropy.double(), want.cross_entropy, **LOSS)
     torch.testing.assert_close(got.out.entropy.double(), want.entropy, **STATISTIC)
     torch.testing.assert_close(got.gradient.double(), want.gradient, **GRADIENT)
+
+
+def layouts() -> dict[str, Tensor]:
+    """[6, 4, 40] of equal values behind different strides."""
+    torch.manual_seed(0)
+    base = torch.randn(6, 4, 40)
+    wide = torch.randn(6, 4, 96)
+    wide[..., 10:90:2] = base
+    return {
+        "contiguous": base,
+        "batch first": base.transpose(0, 1).contiguous().transpose(0, 1),
+        "vocabulary first": base.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "every second column of a slice": wide[..., 10:90:2],
+        "every second token": torch.stack((base, base + 1), dim=1).flatten(0, 1)[::2],
+        "negative strides made dense": base.flip(0).contiguous().flip(0),
+    }

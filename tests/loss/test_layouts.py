@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_eaft import EAFTConfig, eaft_loss
-from tests.loss.parallel import GRADIENT, LOSS, assert_matches, run_sharded
+from tests.loss.parallel import GRADIENT, LOSS, assert_matches, layouts, run_sharded
 
 sizes = pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 
@@ -67,22 +67,6 @@ def test_a_gpu_gives_the_cpus_numbers() -> None:
     device = run_sharded(logits.cuda(), labels.cuda(), EAFTConfig(), 1, vocab_size=2990)
     torch.testing.assert_close(device.out.loss.cpu(), host.out.loss, **LOSS)
     torch.testing.assert_close(device.gradient.cpu(), host.gradient, **GRADIENT)
-
-
-def layouts() -> dict[str, Tensor]:
-    """[6, 4, 40] of equal values behind different strides."""
-    torch.manual_seed(0)
-    base = torch.randn(6, 4, 40)
-    wide = torch.randn(6, 4, 96)
-    wide[..., 10:90:2] = base
-    return {
-        "contiguous": base,
-        "batch first": base.transpose(0, 1).contiguous().transpose(0, 1),
-        "vocabulary first": base.permute(2, 0, 1).contiguous().permute(1, 2, 0),
-        "every second column of a slice": wide[..., 10:90:2],
-        "every second token": torch.stack((base, base + 1), dim=1).flatten(0, 1)[::2],
-        "negative strides made dense": base.flip(0).contiguous().flip(0),
-    }
 
 
 @pytest.mark.parametrize("name", layouts())

@@ -178,7 +178,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "values",
     ),
     "no maximum before the exponential": (
-        "records",
+        "scratch",
         'torch.softmax(z, dim=-1, out=self._room("probability", len(z)))',
         "torch.div(z.exp(), z.exp().sum(dim=-1, keepdim=True))",
         "extremes",
@@ -240,7 +240,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "gradient at ignored tokens": (
         "gradient",
-        "values.masked_fill_(ignored.unsqueeze(-1), 0.0)",
+        "clear_rows(values, target == IGNORED)",
         "pass",
         "masked NaN",
     ),
