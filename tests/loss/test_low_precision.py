@@ -163,8 +163,10 @@ VOCAB, PADDED, WIDTH = 37, 40, 8
 
 
 def exact_problem(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Hidden states, weight, labels, loss mask and upstream gradient. The first two have few digits, so that every logit
-    is exact in the dtype, whatever the order of adding."""
+    """Hidden states, weight, labels, loss mask and upstream gradient.
+
+    The first two have few digits, so that every logit is exact in the dtype, whatever the order of adding.
+    """
     torch.manual_seed(2)
     hidden = (torch.randint(-4, 5, (LENGTH, ROWS, WIDTH)) / 4).to(dtype)
     weight = (torch.randint(-4, 5, (PADDED, WIDTH)) / 2).to(dtype)
@@ -194,9 +196,11 @@ class Bounded(NamedTuple):
 
 
 def product(gradient: Tensor, noise: Tensor, factor: Tensor, dtype: torch.dtype) -> Bounded:
-    """``gradient @ factor`` as the fused layer makes it: the gradient of the logits rounded once to the dtype, summed in
-    float32, rounded once. The bound is one step of the result, and what entries that float32 rounds to the other side
-    than float64 can bring."""
+    """``gradient @ factor`` as the fused layer makes it.
+
+    The gradient of the logits is rounded once to the dtype, the sum is in float32, and it is rounded once. The bound
+    is one step of the result, and what entries that float32 rounds to the other side than float64 can bring.
+    """
     rounded = gradient.to(dtype).double()
     other_side = (gradient + noise).to(dtype).double() - (gradient - noise).to(dtype).double()
     value = rounded @ factor
