@@ -16,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hypothesis  # noqa: F401
 import pytest
 import torch
-import torch.testing._internal.distributed.multi_threaded_pg  # noqa: F401
+import torch.testing._internal.distributed.multi_threaded_pg
 
 from tests.mutants.mutant import install, load, names
 
@@ -28,23 +28,32 @@ _COMPARISONS = ("AssertionError", "Failed", "GradcheckError")
 
 
 class Outcomes:
-    """Of each test function ``file::name``, how often it passed, failed by a comparison, or broke."""
+    """Of each test function ``file::name``, how often it passed, failed by a comparison, or broke.
+
+    Once it failed, its other parameter sets are left out.
+    """
 
     def __init__(self) -> None:
         self.tests: dict[str, dict[str, int]] = {}
+
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        return True if self.tests.get(_function(item), {}).get("failed") else None
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
         report = yield
         if report.skipped or (report.passed and report.when != "call"):
             return report
-        name = f"{item.path.relative_to(TESTS)}::{getattr(item, 'originalname', item.name)}"
-        counts = self.tests.setdefault(name, {"passed": 0, "failed": 0, "broke": 0})
+        counts = self.tests.setdefault(_function(item), {"passed": 0, "failed": 0, "broke": 0})
         kind = "passed"
         if call.excinfo is not None:
             kind = "failed" if _by_comparison(call.excinfo.typename, str(call.excinfo.value)) else "broke"
         counts[kind] += 1
         return report
+
+
+def _function(item: pytest.Item) -> str:
+    return f"{item.path.relative_to(TESTS)}::{getattr(item, 'originalname', item.name)}"
 
 
 def _by_comparison(exception: str, text: str) -> bool:
