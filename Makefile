@@ -3,6 +3,7 @@
 #   make install    the environment of constraints.txt in $(VENV)
 #   make demo       fine-tunes a real model on this machine, no GPU needed; writes runs/demo/
 #   make test       linters, type checker, every test
+#   make matrix     the layouts that training is compared in, those of up to eight ranks too
 #   make bench      the loss beside its peers, into benchmarks/results/; BENCH_ARGS=--quick for the main rows alone
 #   make lint       linters and type checker alone
 #   make clean      removes caches and build output; `make distclean` removes $(VENV) and runs/ too
@@ -30,7 +31,7 @@ DEMO_DATA := $(VENV)/.nemo-eaft-demo-data
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test bench lint format clean distclean
+.PHONY: help install demo test matrix bench lint format clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -67,6 +68,10 @@ demo: $(INSTALLED) $(DEMO_DATA)
 
 test: lint $(DEMO_DATA)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Layouts of up to eight ranks: about 9 GB of memory.
+matrix: $(INSTALLED)
+	$(BIN)/python -m pytest tests/nemo/test_matrix.py -m "matrix or not matrix" $(PYTEST_ARGS)
 
 # Peers that are not installed are named in the report; `pip install -c constraints.txt '.[bench]'` adds two.
 bench: $(INSTALLED)

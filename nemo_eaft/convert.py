@@ -103,14 +103,33 @@ def _nemo_fields(hf_config: Any) -> dict[str, Any]:
     """Fields of NeMo's configuration that its importers leave at a default of their own (2.7.3).
 
     Qwen3's takes 128 for the size of a head; Qwen2's and Mistral's untie the embedding from the output layer, which a
-    model trained that way loses on its way back; Mistral's takes the vocabulary size from the tokenizer.
+    model trained that way loses on its way back; Mistral's takes the vocabulary size from the tokenizer; that of Qwen3's
+    mixtures of experts has 128 experts, of which 8 are chosen.
+
+    Raises:
+        ValueError: layers without experts among those with them, which NeMo's Qwen3 has not.
     """
     fields = {
         "vocab_size": hf_config.vocab_size,
         "share_embeddings_and_output_weights": hf_config.tie_word_embeddings,
     }
     head_dim = getattr(hf_config, "head_dim", None)
-    return fields if head_dim is None else fields | {"kv_channels": head_dim}
+    if head_dim is not None:
+        fields["kv_channels"] = head_dim
+    if hf_config.model_type == "qwen3_moe":
+        if hf_config.mlp_only_layers or hf_config.decoder_sparse_step != 1:
+            raise ValueError(
+                f"model.hf: mlp_only_layers={hf_config.mlp_only_layers} and decoder_sparse_step="
+                f"{hf_config.decoder_sparse_step}; NeMo's Qwen3 has experts in every layer: allowed are [] and 1"
+            )
+        fields |= {
+            "num_moe_experts": hf_config.num_experts,
+            "moe_router_topk": hf_config.num_experts_per_tok,
+            # Probabilities are of the chosen experts alone, or of all of them.
+            "moe_router_pre_softmax": not hf_config.norm_topk_prob,
+            "moe_aux_loss_coeff": hf_config.router_aux_loss_coef,
+        }
+    return fields
 
 
 @contextmanager

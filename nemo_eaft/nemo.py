@@ -112,9 +112,8 @@ class EAFTCallback(Callback):
         self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the gradient's scale (with PEFT, DDP is built only after on_fit_start) and open the files."""
+        """Open the files."""
         for chunk in _chunks(trainer):
-            _check_gradient_scale(chunk)
             _check_interleaving(chunk.config)
         self._verified = False
         self._run_dir = self._run_dir or Path(AppState().log_dir or trainer.default_root_dir)
@@ -144,7 +143,13 @@ class EAFTCallback(Callback):
     # --- one step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start of an optimizer step."""
+        """Start of an optimizer step; in the first one, check the gradient's scale.
+
+        Not before: NeMo puts PEFT's adapters in, and then builds DDP, when the first epoch starts.
+        """
+        if not self._verified:
+            for chunk in _chunks(trainer):
+                _check_gradient_scale(chunk)
         self._step_started = time.perf_counter()
         if self._loss is not None:
             self._loss.reset()

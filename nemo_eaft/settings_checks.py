@@ -49,6 +49,11 @@ def check_together(settings: Settings) -> None:
         raise ValueError(
             f"parallel.expert={parallel.expert} with parallel.tensor={parallel.tensor} needs parallel.sequence=true"
         )
+    if settings.run.backend == "cpu" and parallel.expert > 1 and parallel.tensor > 1:
+        raise ValueError(
+            f"parallel.expert={parallel.expert} with parallel.tensor={parallel.tensor} and run.backend=cpu: Megatron-Core "
+            f"then gathers pieces of different sizes, which gloo cannot; allowed is parallel.tensor=1 or parallel.expert=1"
+        )
     # NeMo pads a batch to a multiple of 16 but never beyond seq_length, so a batch may be exactly seq_length long.
     unit = settings.sequence_unit
     for key, length in (("trainer.seq_length", trainer.seq_length), ("data.packed_size", data.packed_size)):
@@ -58,11 +63,6 @@ def check_together(settings: Settings) -> None:
                 f"parallel.sequence={str(parallel.sequence).lower()}, "
                 f"parallel.tensor={parallel.tensor}, parallel.context={parallel.context}"
             )
-    if settings.run.backend == "cpu" and parallel.context > 1:
-        raise ValueError(
-            f"parallel.context={parallel.context} with run.backend=cpu: Megatron-Core's own attention has no context "
-            f"parallelism, Transformer Engine's needs a GPU; allowed is 1"
-        )
     if data.packed:
         _validate_packed(settings)
     if data.validation is None and trainer.val_every not in (0, type(trainer).val_every):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from nemo_eaft.convert import convert_to_hf, convert_to_nemo
 from nemo_eaft.megatron import unwrap
 from nemo_eaft.nemo import EAFTCallback
 from nemo_eaft.settings import Settings
+from tests.nemo import kinds
 from tests.nemo.models import SEQ_LENGTH
 from tests.nemo.ranks import DIES
 
@@ -72,8 +74,9 @@ class Recorder(Callback):
         self._stop_at = stop_at
         self._answers: list[list[tuple[int, ...]]] = []
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.seen.initial = pieces(trainer.strategy.megatron_parallel)
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        # Not before: adapters are put in when the epoch starts.
+        self.seen.initial = self.seen.initial or pieces(trainer.strategy.megatron_parallel)
 
     def on_megatron_microbatch_end(self, step: Any, batch: dict[str, Any], output: Any, **_: Any) -> None:
         # [b, s] is a loss; the chunks before it give hidden states [s, b, h].
@@ -145,10 +148,16 @@ class Plan:
     """Die in this step, before the optimizer."""
     callback: bool = True
     """False: no EAFTCallback, as in a NeMo script of somebody who does not know us."""
+    lora: bool = False
+    """Train NeMo's LoRA adapters of all linear layers, and nothing else."""
+    wrong: Callable[[], None] | None = None
+    """Called on every rank before the training: makes the code wrong in one way."""
 
 
 def train(plan: Plan) -> Recorded:
     """`run_training`, watched."""
+    if plan.wrong is not None:
+        plan.wrong()
     recorder = Recorder(plan.stop_at)
     _with_callback(recorder, plan)
     if not plan.save:
@@ -168,6 +177,8 @@ def _with_callback(recorder: Recorder, plan: Plan) -> None:
         unwanted += [] if plan.save else [ModelCheckpoint]
         trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, tuple(unwanted))]
         trainer.callbacks.append(recorder)
+        if plan.lora:
+            kwargs["peft"] = kinds.lora()
         return finetune(*args, trainer=trainer, **kwargs)
 
     llm.finetune = watched
