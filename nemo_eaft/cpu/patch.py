@@ -70,7 +70,8 @@ class PatchSet:
 
         A module that ran `from owner import name` before the patch holds the original, and would go on calling it.
         """
-        originals = {id(seen): patch for patch, _, seen in self._undo if seen is not _MISSING}
+        # True, None and numbers are the same object everywhere.
+        originals = {id(seen): patch for patch, _, seen in self._undo if callable(seen)}
         found = []
         for module_name, module in list(sys.modules.items()):
             if module_name.split(".")[0] not in packages:

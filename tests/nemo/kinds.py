@@ -24,22 +24,25 @@ def lora() -> Any:
     def seeded(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         _fill(self.linear_in.weight, axis=1 if self.input_is_parallel else 0, std=0.1)
-        _fill(self.linear_out.weight, axis=0, std=0.1)
+        # A rank's rows of a gated layer are part of the gate's and part of the rest, not one block.
+        blocks = 2 if self.base_linear_name.endswith("linear_fc1") else 1
+        _fill(self.linear_out.weight, axis=0, std=0.1, blocks=blocks)
 
     ParallelLinearAdapter.__init__ = seeded
     return LoRA(dim=RANK, alpha=RANK)
 
 
 @torch.no_grad()
-def _fill(weight: torch.Tensor, axis: int, std: float) -> None:
-    """This rank's part of a random matrix that is split along `axis`."""
+def _fill(weight: torch.Tensor, axis: int, std: float, blocks: int = 1) -> None:
+    """This rank's part of a random matrix of which each of some `blocks` is split along `axis`."""
     from megatron.core import parallel_state
 
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     shape = list(weight.shape)
     shape[axis] *= ranks
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0] * 1000 + shape[1])) * std
-    weight.copy_(whole.chunk(ranks, axis)[parallel_state.get_tensor_model_parallel_rank()])
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    weight.copy_(torch.cat([block.chunk(ranks, axis)[rank] for block in whole.chunk(blocks, axis)], axis))
 
 
 def with_prediction_head(checkpoint: Path, output: Path) -> None:

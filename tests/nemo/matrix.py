@@ -76,7 +76,8 @@ class Row:
     @property
     def single(self) -> Row:
         """The same training in one process, plainly."""
-        return Row(kind=self.kind, packed=self.packed, tied=self.tied, micro_batch=1 if self.packed else 2)
+        alone = self.packed or self.kind == "mtp"
+        return Row(kind=self.kind, packed=self.packed, tied=self.tied, micro_batch=1 if alone else 2)
 
     def refusal(self) -> str | None:
         """Why this row is not tested; None for one that is."""
@@ -101,8 +102,10 @@ class Row:
             return "gloo cannot gather pieces of different sizes: refused on the CPU"
         if self.kind == "moe" and self.tensor > 1 and not self.sequence:
             return "Megatron-Core trains experts at TP > 1 under sequence parallelism only"
-        if self.kind == "mtp" and (self.packed or self.context > 1 or self.micro_batch != 2):
-            return "Megatron's multi-token prediction counts padding, so its loss depends on how rows are batched"
+        if self.kind == "mtp" and (self.packed or self.context > 1 or self.micro_batch > 1):
+            return "Megatron's multi-token prediction counts padding, so its loss depends on which rows are batched"
+        if self.kind == "lora" and self.recompute:
+            return "NeMo 2.7.3 recomputes without a gradient where the embedding is frozen: refused"
         return None
 
 
@@ -123,35 +126,37 @@ def pairs(row: Row) -> set[Pair]:
     return set(itertools.combinations(((name, values[name]) for name in FEATURES), 2))
 
 
+
 ROWS = (
-    Row(data=2, micro_batch=1, distributed_optimizer=True, packed=True, fused=True),
-    Row(kind="moe", pipeline=2, virtual=2, context=2, expert=2, recompute=True, tied=True),
-    Row(kind="lora", tensor=2, pipeline=2, virtual=2, sequence=True, micro_batch=4, distributed_optimizer=True),
-    Row(kind="mtp", tensor=4, sequence=True, recompute=True, tied=True, fused=True),
-    Row(kind="moe", data=4, expert=2, micro_batch=1, distributed_optimizer=True, recompute=True, packed=True),
-    Row(kind="lora", data=2, context=2, micro_batch=4, recompute=True, tied=True, fused=True),
-    Row(tensor=2, pipeline=2, virtual=2, sequence=True, micro_batch=1, recompute=True, packed=True, tied=True, fused=True),
-    Row(kind="mtp", tensor=2, data=2, distributed_optimizer=True),
-    Row(kind="moe", tensor=2, context=2, sequence=True, micro_batch=1, distributed_optimizer=True, tied=True, fused=True),
-    Row(data=4, tied=True),
-    Row(kind="lora", tensor=4, micro_batch=1, packed=True),
-    Row(kind="moe", pipeline=2, data=2, expert=2, micro_batch=4, distributed_optimizer=True, fused=True),
-    Row(tensor=4, micro_batch=4, distributed_optimizer=True, tied=True, fused=True),
-    Row(kind="mtp", pipeline=2, virtual=2, data=2, distributed_optimizer=True, fused=True),
-    Row(kind="lora", data=4, distributed_optimizer=True, fused=True),
-    Row(context=2, micro_batch=4, distributed_optimizer=True, fused=True),
-    Row(kind="mtp", tensor=2, data=2, sequence=True, distributed_optimizer=True, fused=True),
-    Row(kind="moe", tensor=4, sequence=True, micro_batch=1, distributed_optimizer=True, packed=True),
-    Row(kind="mtp", data=4, distributed_optimizer=True, tied=True),
+    Row(kind="moe", data=2, expert=2, micro_batch=1, distributed_optimizer=True, recompute=True, packed=True, tied=True),
+    Row(tensor=2, pipeline=2, virtual=2, sequence=True, fused=True),
+    Row(kind="lora", context=2, micro_batch=4, distributed_optimizer=True),
+    Row(kind="mtp", tensor=4, sequence=True, micro_batch=1, recompute=True, tied=True, fused=True),
+    Row(kind="moe", pipeline=2, virtual=2, context=2, expert=2, micro_batch=4, recompute=True, tied=True, fused=True),
+    Row(kind="lora", tensor=2, pipeline=2, virtual=2, sequence=True, micro_batch=1, distributed_optimizer=True, packed=True, tied=True),
+    Row(data=4, distributed_optimizer=True, recompute=True, tied=True),
+    Row(kind="moe", tensor=2, data=2, sequence=True, micro_batch=4, recompute=True),
+    Row(kind="moe", data=4, expert=2, micro_batch=1, packed=True, fused=True),
+    Row(kind="mtp", pipeline=2, virtual=2, data=2, micro_batch=1, distributed_optimizer=True, fused=True),
+    Row(tensor=4, micro_batch=1, distributed_optimizer=True, packed=True),
+    Row(kind="lora", data=2, context=2, tied=True, fused=True),
+    Row(kind="mtp", tensor=2, pipeline=2, micro_batch=1, distributed_optimizer=True, recompute=True, tied=True),
+    Row(tensor=2, context=2, sequence=True, micro_batch=4, distributed_optimizer=True, tied=True),
+    Row(kind="moe", tensor=4, sequence=True, recompute=True, fused=True),
+    Row(data=2, context=2, micro_batch=1, recompute=True, tied=True),
+    Row(kind="lora", tensor=4, sequence=True, micro_batch=4),
+    Row(kind="mtp", data=4, micro_batch=1, distributed_optimizer=True),
+    Row(kind="lora", data=4, micro_batch=1, packed=True, fused=True),
+    Row(kind="moe", pipeline=2, data=2, expert=2, fused=True),
 )
 """Of at most four ranks."""
 
 LARGE_ROWS = (
-    Row(kind="moe", tensor=4, pipeline=2, virtual=2, sequence=True, micro_batch=1, tied=True),
-    Row(kind="moe", pipeline=2, virtual=2, data=4, expert=2, micro_batch=1, recompute=True, fused=True),
-    Row(kind="moe", tensor=2, data=4, sequence=True, distributed_optimizer=True, recompute=True, tied=True),
-    Row(kind="lora", tensor=4, data=2, fused=True),
-    Row(kind="lora", tensor=4, context=2, sequence=True, micro_batch=1, recompute=True, fused=True),
-    Row(data=4, context=2, distributed_optimizer=True, tied=True),
+    Row(kind="moe", tensor=2, data=4, sequence=True, micro_batch=1, recompute=True, packed=True),
+    Row(tensor=4, pipeline=2, virtual=2, sequence=True, micro_batch=1, distributed_optimizer=True, tied=True),
+    Row(kind="mtp", pipeline=2, virtual=2, data=4, micro_batch=1, distributed_optimizer=True, recompute=True, fused=True),
+    Row(tensor=4, data=2, sequence=True, micro_batch=1, packed=True, fused=True),
+    Row(kind="moe", tensor=4, context=2, sequence=True, distributed_optimizer=True, recompute=True, fused=True),
+    Row(data=4, context=2, distributed_optimizer=True),
 )
 """Of more than four ranks: what the others leave uncovered."""
