@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_eaft.versions import check_versions
+import nemo_eaft.versions  # noqa: F401, one clear ImportError before the imports below could fail
 
-check_versions()
-
+# isort: split
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from megatron.core import parallel_state
@@ -112,8 +111,8 @@ class EAFTCallback(Callback):
         self._set_up = True
         if changed:
             logging.info(
-                f"EAFT: set {', '.join(changed)}: the loss is divided by the tokens of the global batch, and a gradient "
-                "that is not finite stops the run"
+                f"EAFT: set {', '.join(changed)}: the loss is divided by the tokens of the global batch, and a "
+                "gradient that is not finite stops the run"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,15 +197,17 @@ class EAFTCallback(Callback):
             return
         trainer = step.trainer
         device = _device(step)
+        sums = self._global_sums(step)
         if self._first_step is not None:
             self._first_step.remove()
-            self._first_step.check(self._loss, device, _groups())
+            # The same on every rank. NaN is reported below, with its place.
+            if sums[0].isfinite():
+                self._first_step.check(self._loss, device, _groups())
             self._first_step = None
         groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
         self._learning_rate = float(groups[0]["lr"]) if groups else 0.0
-        self._metrics = StepMetrics.from_sums(
-            self._global_sums(step), step=trainer.global_step + 1 if trainer.is_global_zero else None
-        )
+        number = trainer.global_step + 1 if trainer.is_global_zero else None
+        self._metrics = StepMetrics.from_sums(sums, step=number)
         if not math.isfinite(self._metrics.loss):
             # The owner of a run that diverged needs this line most.
             self._record(trainer.global_step + 1, trainer.max_steps, self._metrics)

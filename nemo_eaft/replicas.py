@@ -103,8 +103,8 @@ def check_replicas(
     more = f"; {len(found) - 1} more ranks differ from theirs" if len(found) > 1 else ""
     raise RuntimeError(
         f"step {step}: {one} and {other} hold the same copy of the model, but were given different "
-        f"{', '.join(first.keys)} in micro-batch {first.micro_batch + 1} of {count}{more}. The first has {its_rows}. The "
-        f"second has {other_rows}. Stopped before the forward pass (loss.check_replicas)"
+        f"{', '.join(first.keys)} in micro-batch {first.micro_batch + 1} of {count}{more}. The first has {its_rows}. "
+        f"The second has {other_rows}. Stopped before the forward pass (loss.check_replicas)"
     )
 
 

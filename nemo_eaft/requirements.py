@@ -22,11 +22,11 @@ def check_place_in_trainer(trainer: Trainer, callback: Any) -> None:
     recorded = recorded if isinstance(recorded, (list, tuple)) else [recorded]
     if any(isinstance(item, kind) for item in recorded):
         raise ValueError(
-            f"nl.Trainer(callbacks=[{kind.__name__}(...)]): NeMo would write it into every checkpoint, and then refuses "
-            "to load that checkpoint's full context. Build the trainer without it, and then: "
+            f"nl.Trainer(callbacks=[{kind.__name__}(...)]): NeMo would write it into every checkpoint, and then "
+            "refuse to load that checkpoint's full context. Build the trainer without it, and then: "
             f"trainer.callbacks.append({kind.__name__}(...))"
         )
-    others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    others: list[Any] = trainer.callbacks
     count = sum(isinstance(other, kind) for other in others)
     if count > 1:
         raise ValueError(f"trainer.callbacks: {count} times {kind.__name__}; allowed: once")
@@ -63,8 +63,8 @@ def check_strategy(trainer: Trainer, stage: str) -> None:
         return
     if not isinstance(strategy.ddp_config, DistributedDataParallelConfig) or getattr(strategy, "_fsdp", None):
         raise ValueError(
-            "trainer.strategy: MegatronStrategy(ddp=...) must be 'megatron' or a DistributedDataParallelConfig, without "
-            "fsdp; no other DDP or FSDP divides the gradient by the tokens of the global batch"
+            "trainer.strategy: MegatronStrategy(ddp=...) must be 'megatron' or a DistributedDataParallelConfig, and "
+            "fsdp must be None; no other DDP or FSDP divides the gradient by the tokens of the global batch"
         )
     if trainer.accumulate_grad_batches != 1:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""Which NeMo and Megatron-Core the adapters were written for; checked before the rest of them is imported."""
+"""Which NeMo and Megatron-Core the adapters were written for; checked where this is imported, which is
+before the rest of them."""
 
 from __future__ import annotations
 
@@ -30,3 +31,6 @@ def check_versions() -> None:
 def _numbers(version: str) -> tuple[int, ...]:
     """The first two numbers: 2.7.3 -> (2, 7), 0.15.0rc7 -> (0, 15)."""
     return tuple(int(part) for part in version.split(".")[:2])
+
+
+check_versions()

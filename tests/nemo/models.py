@@ -118,7 +118,14 @@ def run_settings(hf: Path, rows: Path, run_dir: Path, **changes: Any) -> Setting
     parallel = changes.get("parallel", {})
     settings = Settings(
         model=ModelSettings(hf=str(hf)),
-        data=DataSettings(train=str(rows / "training.jsonl"), validation=str(rows / "validation.jsonl"), num_workers=0),
+        data=DataSettings(
+            **{
+                "train": str(rows / "training.jsonl"),
+                "validation": str(rows / "validation.jsonl"),
+                "num_workers": 0,
+            }
+            | changes.get("data", {})
+        ),
         loss=LossSettings(**changes.get("loss", {})),
         parallel=ParallelSettings(**parallel),
         trainer=TrainerSettings(**trainer),
