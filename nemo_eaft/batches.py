@@ -11,15 +11,19 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 _SHOWN = 60
 """Characters of a row's text in a message."""
 
 
 class StepBatches(Iterator[Any]):
-    """An iterator over the micro-batches of one step that remembers them.
+    """An iterator over what the loader gives for one step, which remembers it.
+
+    With NeMo's fine-tuning data that is one batch, which NeMo cuts into micro-batches; otherwise each micro-batch.
 
     Attributes:
-        seen: of each micro-batch that was taken, in order, what `describe` needs.
+        seen: of each batch that was taken, in order, what `describe` needs.
     """
 
     def __init__(self, source: Iterator[Any]) -> None:
@@ -34,7 +38,7 @@ class StepBatches(Iterator[Any]):
         return item
 
     def look_ahead(self, count: int) -> list[dict[str, Any]]:
-        """The next `count` micro-batches, which stay to be taken; fewer where the data end."""
+        """The next `count` batches, which stay to be taken; fewer where the data end."""
         while len(self._ahead) < count:
             try:
                 self._ahead.append(next(self._source))
@@ -47,6 +51,19 @@ def batch_of(item: Any) -> dict[str, Any]:
     """The batch of what a loader of Lightning gives: alone, or with its index and the loader's."""
     batch = item[0] if isinstance(item, tuple) else item
     return batch if isinstance(batch, dict) else {}
+
+
+def micro_batches(batches: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The micro-batches of a step: the loader's batches, or its one batch in equal parts.
+
+    As NeMo 2.7.3 cuts it (utils/megatron_utils.py, get_iterator_k_split): along the first dimension, in order.
+    """
+    if len(batches) != 1 or count == 1:
+        return batches
+    (whole,) = batches
+    sized = {key: value for key, value in whole.items() if isinstance(value, (Tensor, list))}
+    rows = min((len(value) // count for value in sized.values()), default=0)
+    return [{key: value[rows * i : rows * (i + 1)] for key, value in sized.items()} for i in range(count)]
 
 
 def describe(batch: dict[str, Any], row: int, position: int | None, tokenizer: Any) -> str:

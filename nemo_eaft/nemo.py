@@ -31,7 +31,7 @@ from torch import Tensor
 
 from nemo_eaft import requirements
 from nemo_eaft.atomic import replacing
-from nemo_eaft.batches import StepBatches
+from nemo_eaft.batches import StepBatches, micro_batches
 from nemo_eaft.config import EAFTConfig
 from nemo_eaft.first_step import FirstStep
 from nemo_eaft.gradients import GradientWatch
@@ -178,8 +178,9 @@ class EAFTCallback(Callback):
         # The same on every rank.
         if every and number % every == 0:
             count = get_num_microbatches()
-            ahead = self._batches.look_ahead(count)
-            check_replicas(ahead, count, here(), _device(step), number + 1, _tokenizer(step.trainer))
+            ahead = self._batches.look_ahead(1 if step.has_global_batch_sampler else count)
+            rows = micro_batches(ahead, count)
+            check_replicas(rows, count, here(), _device(step), number + 1, _tokenizer(step.trainer))
         return dataclasses.replace(step, data=self._batches)
 
     def on_megatron_microbatch_start(self, step: Any, batch: dict[str, Any], forward_callback: Any) -> None:
@@ -304,7 +305,8 @@ class EAFTCallback(Callback):
 
     def _raise_for_loss(self, trainer: Trainer, metrics: StepMetrics) -> None:
         bad = [] if self._loss is None else self._loss.not_finite
-        seen = [] if self._batches is None else self._batches.seen
+        count = get_num_microbatches()
+        seen = [] if self._batches is None else micro_batches(self._batches.seen, count)
         size = parallel_state.get_context_parallel_world_size()
         hint = (
             "Megatron's own loss is also spoilt by a token outside the loss mask; loss.gate=none (EAFTConfig("
@@ -313,7 +315,7 @@ class EAFTCallback(Callback):
             else ""
         )
         finding = find(bad, seen, here(), size, _tokenizer(trainer))
-        raise_for_loss(trainer.global_step + 1, metrics, finding, get_num_microbatches(), hint)
+        raise_for_loss(trainer.global_step + 1, metrics, finding, count, hint)
 
 
 def _chunks(trainer: Trainer) -> list[Any]:

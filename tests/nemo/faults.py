@@ -41,13 +41,14 @@ class Fault:
     """Poison the hidden state before the output layer, not a logit; a fused output layer has no logits."""
     masked: frozenset[tuple[int, Answer]] = frozenset()
     """Rows whose loss mask is 0: step and answer."""
-    mask_validation: bool = False
+    masked_validations: int = 0
+    """So many validations, the first ones, have no token in the loss."""
     overflow: tuple[int, int] | None = None
     """Step and global rank where backward gives infinity."""
     other_rows: tuple[int, int] | None = None
     """Step and global rank from which on the data loader gives rows in another order."""
-    short: bool = False
-    """`other_rows` are one token long: a batch of another shape."""
+    longer: bool = False
+    """`other_rows` are twice as long: a batch of another shape."""
     monitor: bool = False
     """Keep NeMo's best checkpoints by `val_loss`."""
 
@@ -118,6 +119,7 @@ class _Inject(Callback):
         self._fault = fault
         self._outcome = outcome
         self._step = 0
+        self._validations = 0
         self._next: list[tuple[int, int, float]] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -140,6 +142,9 @@ class _Inject(Callback):
         self._step = trainer.global_step + 1
         self._outcome.before = jobs.pieces(trainer.strategy.megatron_parallel)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._validations += 1
+
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
         core = trainer.optimizers[0].mcore_optimizer
         parts = getattr(core, "chained_optimizers", [core])
@@ -150,7 +155,7 @@ class _Inject(Callback):
         if mask is None:
             return
         if step.forward_only:
-            if self._fault.mask_validation:
+            if self._validations <= self._fault.masked_validations:
                 mask.zero_()
             return
         answers = [tuple(row[counted != 0].tolist()) for row, counted in zip(labels, mask, strict=True)]
@@ -180,8 +185,8 @@ class _Inject(Callback):
 
 
 class _OtherRows(Dataset[Any]):
-    def __init__(self, rows: Any, start: int, short: bool) -> None:
-        self._rows, self._start, self._short = rows, start, short
+    def __init__(self, rows: Any, start: int, longer: bool) -> None:
+        self._rows, self._start, self._longer = rows, start, longer
         self.collate_fn = rows.collate_fn
 
     def __len__(self) -> int:
@@ -191,7 +196,7 @@ class _OtherRows(Dataset[Any]):
         if index < self._start:
             return self._rows[index]
         row = self._rows[index ^ 1]
-        if self._short:
+        if self._longer:
             row = row | {"input_ids": row["input_ids"] * 2, "token_count": 2 * row["token_count"]}
         return row
 
@@ -209,7 +214,7 @@ def _with_other_rows(fault: Fault) -> None:
         def dataloader(dataset: Any, mode: str, **kwargs: Any) -> Any:
             if mode == "train" and torch.distributed.get_rank() == rank:
                 start = (step - 1) * settings.trainer.global_batch_size
-                dataset = _OtherRows(dataset, start, fault.short)
+                dataset = _OtherRows(dataset, start, fault.longer)
             return make(dataset, mode, **kwargs)
 
         module._create_dataloader = dataloader
@@ -230,8 +235,8 @@ def _with_monitor() -> None:
             filename="{step}-{val_loss:.2f}",
             monitor="val_loss",
             mode="min",
-            save_top_k=2,
-            every_n_train_steps=None,
+            save_top_k=1,
+            save_last=False,
         )
         return logger
 

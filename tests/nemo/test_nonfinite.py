@@ -1,6 +1,5 @@
 """NaN and infinity in real trainings: where they count they stop every rank with a name, elsewhere they do nothing."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -83,9 +82,7 @@ def line_of(workshop: Workshop, answer: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "packed"])
-def test_at_a_valid_position(
-    workshop: Workshop, healthy: dict[str, list[Outcome]], layout: str, value: float
-) -> None:
+def test_at_a_valid_position(workshop: Workshop, healthy: dict[str, list[Outcome]], layout: str, value: float) -> None:
     if value == math.inf and layout not in ("one", "tp2-pp2"):
         pytest.skip("one kind of number is enough for this layout")
     before = healthy[layout]
@@ -161,5 +158,3 @@ def test_a_gradient_that_overflows(workshop: Workshop, healthy: dict[str, list[O
     for outcome in outcomes:
         assert len(outcome.losses) == 1
         assert_same(outcome.before, outcome.final)
-
-
