@@ -47,8 +47,8 @@ class Fault:
     """Step and global rank where backward gives infinity."""
     other_rows: tuple[int, int] | None = None
     """Step and global rank from which on the data loader gives rows in another order."""
-    longer: bool = False
-    """`other_rows` are twice as long: a batch of another shape."""
+    short: bool = False
+    """`other_rows` are four tokens long: a batch of another shape."""
     monitor: bool = False
     """Keep NeMo's best checkpoints by `val_loss`."""
 
@@ -185,8 +185,8 @@ class _Inject(Callback):
 
 
 class _OtherRows(Dataset[Any]):
-    def __init__(self, rows: Any, start: int, longer: bool) -> None:
-        self._rows, self._start, self._longer = rows, start, longer
+    def __init__(self, rows: Any, start: int, short: bool) -> None:
+        self._rows, self._start, self._short = rows, start, short
         self.collate_fn = rows.collate_fn
 
     def __len__(self) -> int:
@@ -196,8 +196,9 @@ class _OtherRows(Dataset[Any]):
         if index < self._start:
             return self._rows[index]
         row = self._rows[index ^ 1]
-        if self._longer:
-            row = row | {"input_ids": row["input_ids"] * 2, "token_count": 2 * row["token_count"]}
+        if self._short:
+            ids = row["input_ids"][:4]
+            row = row | {"input_ids": ids, "context_ids": ids[:1], "answer_start_idx": 1, "answer_ids": ids[1:]}
         return row
 
 
@@ -214,7 +215,7 @@ def _with_other_rows(fault: Fault) -> None:
         def dataloader(dataset: Any, mode: str, **kwargs: Any) -> Any:
             if mode == "train" and torch.distributed.get_rank() == rank:
                 start = (step - 1) * settings.trainer.global_batch_size
-                dataset = _OtherRows(dataset, start, fault.longer)
+                dataset = _OtherRows(dataset, start, fault.short)
             return make(dataset, mode, **kwargs)
 
         module._create_dataloader = dataloader

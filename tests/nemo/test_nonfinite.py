@@ -88,21 +88,20 @@ def test_at_a_valid_position(workshop: Workshop, healthy: dict[str, list[Outcome
     before = healthy[layout]
     owners = stage(before)
     last = owners[-1]
-    # Step 2, the second row of the second micro-batch of the last data-parallel rank; and one more, later.
-    row = before[last].answers[1][1][1]
+    count = len(before[last].answers[1])
+    # Step 2, the last micro-batch but one of the last data-parallel rank, second row; and one in the last micro-batch.
+    row = before[last].answers[1][count - 2][1]
     later = before[owners[0]].answers[1][-1][0]
-    fault = Fault(
-        poison=(Poison(2, row, value=value), Poison(2, later, value=value)), hidden=layout == "fused" or False
-    )
+    fault = Fault(poison=(Poison(2, row, value=value), Poison(2, later, value=value)), hidden=layout == "fused")
     _, outcomes = run(workshop, layout, fault, f"-valid-{value}")
     message = assert_stopped(outcomes, 2)
-    count = len(before[last].answers[1])
-    owner = min(rank for rank in owners if row in before[rank].answers[1][1])
-    assert f"micro-batch 2 of {count}, row 2 of it" in message
+    owner = min(rank for rank in owners if row in before[rank].answers[1][count - 2])
+    assert f"micro-batch {count - 1} of {count}, row 2 of it" in message
     assert f"global rank {owner} (" in message
     assert f"line {line_of(workshop, row)} of the training data" in message
     prompt = workshop.train_rows[row][: -len(row)]
-    assert f"position {len(prompt) - 1 + 1}:" in message
+    # Labels are shifted by one, and it is the second token of the answer.
+    assert f"position {len(prompt)}:" in message
     words = " ".join(f"t{token}" for token in prompt)[:40]
     assert words in message
     assert "In all 2 tokens in 2 micro-batches" in message

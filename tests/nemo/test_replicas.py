@@ -42,7 +42,7 @@ def assert_stopped(outcomes: list[Outcome], step: int) -> str:
 
 def lines(message: str) -> list[set[int]]:
     """Of both ranks, the lines of the training data that the message names."""
-    first, second = re.findall(r"(?:first|second) has (.*?)(?:\. The second|\. Stopped)", message)
+    first, second = re.findall(r"(?:first|second) has (.*?)\. (?=The second|Stopped)", message)
     return [{int(number) for number in re.findall(r"line (\d+)", text)} for text in (first, second)]
 
 
@@ -100,7 +100,7 @@ def test_another_pipeline_stage(workshop: Workshop) -> None:
 
 
 def test_another_length_does_not_hang(workshop: Workshop) -> None:
-    outcomes = run(workshop, "length", Fault(other_rows=(1, 1), longer=True), every=1)
+    outcomes = run(workshop, "length", Fault(other_rows=(1, 1), short=True), every=1)
     assert_stopped(outcomes, 1)
 
 
