@@ -225,6 +225,7 @@ class EAFTCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the finished step."""
+        requirements.check_registered(trainer, self, self._set_up)
         metrics = self._metrics
         assert metrics is not None, "on_megatron_step_end did not run"
         rate = self._record(trainer.global_step, trainer.max_steps, metrics)

@@ -64,20 +64,26 @@ def twice(spec: jobs.Script) -> jobs.Script:
 
 
 def another_strategy(spec: jobs.Script) -> jobs.Script:
-    import nemo.lightning as nl
     from lightning.pytorch.strategies import DDPStrategy
 
-    nl.MegatronStrategy = lambda **_: DDPStrategy(process_group_backend="gloo")
+    _built("Trainer", lambda kwargs: kwargs.update(strategy=DDPStrategy(process_group_backend="gloo")))
     return spec
 
 
+def _strategy(**arguments: Any) -> None:
+    import nemo.lightning as nl
+
+    strategy = nl.MegatronStrategy(ckpt_async_save=False, **arguments)
+    _built("Trainer", lambda kwargs: kwargs.update(strategy=strategy))
+
+
 def pytorch_ddp(spec: jobs.Script) -> jobs.Script:
-    _built("MegatronStrategy", lambda kwargs: kwargs.update(ddp="pytorch"))
+    _strategy(ddp="pytorch")
     return spec
 
 
 def fsdp(spec: jobs.Script) -> jobs.Script:
-    _built("MegatronStrategy", lambda kwargs: kwargs.update(fsdp="megatron"))
+    _strategy(fsdp="megatron")
     return spec
 
 
@@ -87,7 +93,7 @@ def accumulation(spec: jobs.Script) -> jobs.Script:
 
 
 def virtual_pipeline(spec: jobs.Script) -> jobs.Script:
-    _built("MegatronStrategy", lambda kwargs: kwargs.update(virtual_pipeline_model_parallel_size=2))
+    _strategy(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
     return spec
 
 
@@ -138,6 +144,9 @@ class LoRALinear(torch.nn.Module):
         super().__init__()
         self.to_wrap = to_wrap
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.to_wrap.sharded_state_dict(*args, **kwargs)
+
 
 def lora_on_the_output_layer(spec: jobs.Script) -> jobs.Script:
     def adapt(model: Any) -> None:
@@ -150,7 +159,11 @@ def lora_on_the_output_layer(spec: jobs.Script) -> jobs.Script:
 
 def another_loss(model: Any) -> None:
     """As a patch of somebody else would."""
-    model.compute_language_model_loss = lambda labels, logits: logits.float().logsumexp(-1).transpose(0, 1)
+
+    def their_loss(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float().logsumexp(-1).transpose(0, 1).contiguous()
+
+    model.compute_language_model_loss = their_loss
 
 
 class _AfterFitStart(Callback):
