@@ -314,10 +314,10 @@ def script(spec: Script) -> Recorded:
 
 
 class _TooLate(EAFTCallback):
-    """Sets the flag only after DDP was built, as a callback that is not there for `setup` would."""
+    """Sets the flag only after DDP was built, and believes that it was there for `setup`."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        pass
+        self._set_up = True
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         for chunk in trainer.strategy.megatron_parallel:
