@@ -57,8 +57,10 @@ class EAFTCallback(Callback):
     config: gate and entropy settings.
     run_dir: folder of `eaft.json`, `metrics.jsonl` and `report.png`; None: NeMo's log folder of this run.
     vocab_size: the true vocabulary size; None: the model configuration's `vocab_size`, else the tokenizer's.
-    fused_linear: output layer and loss in one, which never holds the logits of all tokens; costs one matrix product of
-        the output layer more. Recomputes in backward; see `megatron.attach`.
+    fused_linear: output layer and loss in one, which never holds the logits of all tokens; see `megatron.attach`. Costs
+        one matrix product of the output layer more, or, with one tensor-parallel rank and without virtual pipeline
+        stages, V x D float32 numbers held from forward to backward: NeMo's MaskedTokenLossReduction makes the gradient
+        of the loss one number times a loss mask of 0 and 1.
     measure_only: train with Megatron's own cross-entropy, bit for bit, and only record: for comparison.
     check_replicas: every so many steps, beginning with the first, compare what the ranks of one copy of the model were
         given to train on (see replicas.py); 0: never. One all-gather a checked step.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ from torch.utils.data import Dataset
 
 import nemo_eaft.train
 from nemo_eaft import replicas
-from nemo_eaft.megatron import unwrap
+from nemo_eaft.loss import linear
+from nemo_eaft.megatron import attached, unwrap
 from nemo_eaft.settings import Settings
 from tests.nemo import jobs
 
@@ -49,6 +51,8 @@ class Fault:
     """Step and global rank from which on the data loader gives rows in another order."""
     short: bool = False
     """`other_rows` are four tokens long: a batch of another shape."""
+    late: bool = False
+    """No promise about the gradient of the loss to a fused output layer."""
     monitor: bool = False
     """Keep NeMo's best checkpoints by `val_loss`."""
 
@@ -64,6 +68,8 @@ class Outcome(jobs.Recorded):
     """Said through NeMo's logging or Python's warnings."""
     digests: int = 0
     """Batches that were compared between ranks."""
+    early: int = 0
+    """Micro-batches whose gradient a fused output layer made in forward."""
     poisoned: int = 0
     """Times that a number was put in."""
 
@@ -98,6 +104,13 @@ def train(plan: jobs.Plan, fault: Fault) -> Outcome:
         return compare(batches, count)
 
     replicas.digests = counted
+    once = linear.LinearLossOnce.apply
+
+    def early(*args: Any) -> Any:
+        outcome.early += 1
+        return once(*args)
+
+    linear.LinearLossOnce = types.SimpleNamespace(apply=early)
     warn = logging.warning
     logging.warning = lambda message, *args, **kwargs: (outcome.warnings.append(str(message)), warn(message))[1]
     with warnings.catch_warnings(record=True) as said:
@@ -154,6 +167,11 @@ class _Inject(Callback):
         labels, mask = batch.get("labels"), batch.get("loss_mask")
         if mask is None:
             return
+        if self._fault.late:
+            for chunk in step.pipeline:
+                loss = attached(chunk)
+                if loss is not None:
+                    loss.scaled_mask_upstream = False
         if step.forward_only:
             if self._validations <= self._fault.masked_validations:
                 mask.zero_()

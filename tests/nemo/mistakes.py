@@ -227,6 +227,11 @@ def te_cross_entropy(spec: jobs.Script) -> jobs.Script:
     return spec
 
 
+def progress_printer(spec: jobs.Script) -> jobs.Script:
+    _built("Trainer", lambda kwargs: kwargs.update(enable_progress_bar=True))
+    return spec
+
+
 def nothing(spec: jobs.Script) -> jobs.Script:
     return _callback(spec, config=EAFTConfig())
 
@@ -252,5 +257,6 @@ MISTAKES: dict[str, Callable[[jobs.Script], jobs.Script]] = {
     "two values": _reduction(lambda values: (values[0], values[2])),
     "tokens not summed": _reduction(lambda values: (values[0], torch.ones_like(values[1]), values[2])),
     "no optimizer": no_optimizer,
+    "progress printer": progress_printer,
     "TE cross-entropy": te_cross_entropy,
 }

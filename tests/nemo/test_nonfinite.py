@@ -130,6 +130,26 @@ def test_at_a_masked_position(workshop: Workshop, healthy: dict[str, list[Outcom
         assert_same(outcome.final, healthy_rank.final)
 
 
+def test_a_hidden_state_at_a_masked_position(workshop: Workshop, healthy: dict[str, list[Outcome]]) -> None:
+    """Megatron's output layer multiplies it by a gradient of 0, which is NaN: not hidden, unlike in a fused one."""
+    row = healthy["one"][0].answers[1][1][1]
+    _, (outcome,) = run(workshop, "one", Fault(poison=(Poison(2, row, "masked"),), hidden=True), "-hidden")
+    assert outcome.error is not None
+    assert outcome.error.startswith("RuntimeError: step 2: the loss is finite, but the gradient is not")
+    assert "a hidden state was not finite at a token outside the loss" in outcome.error
+    assert "nearest to the loss output_layer.weight" in outcome.error
+    assert_same(outcome.before, outcome.final)
+
+
+def test_the_stock_loss_at_a_masked_position(workshop: Workshop, healthy: dict[str, list[Outcome]]) -> None:
+    """NeMo multiplies Megatron's own loss by the mask, so there is no loss: the message says what to do."""
+    row = healthy["stock"][0].answers[1][1][1]
+    _, outcomes = run(workshop, "stock", Fault(poison=(Poison(2, row, "masked"),)), "-masked")
+    message = assert_stopped(outcomes, 2)
+    assert f"line {line_of(workshop, row)} of the training data" in message
+    assert "Megatron's own loss is also spoilt by a token outside the loss mask; loss.gate=none" in message
+
+
 def test_packed(workshop: Workshop, healthy: dict[str, list[Outcome]]) -> None:
     before = healthy["packed"]
     pack = before[0].answers[1][1][0]

@@ -29,7 +29,8 @@ def script(workshop: Workshop, run_dir: Path, mistake: str, world: int = 1, **ch
         ("in the constructor", 1, "ValueError: nl.Trainer(callbacks=[EAFTCallback(...)]): NeMo would write it into"),
         ("twice", 1, "ValueError: trainer.callbacks: 2 times EAFTCallback; allowed: once"),
         ("another strategy", 1, "ValueError: trainer.strategy: DDPStrategy; EAFTCallback needs"),
-        ("pytorch DDP", 1, "ValueError: trainer.strategy: MegatronStrategy(ddp=...) must be 'megatron'"),
+        # NeMo's own message comes first.
+        ("pytorch DDP", 1, "ValueError: PyTorch DDP is not enabled for mcore optimizer"),
         ("FSDP", 1, "ValueError: trainer.strategy: MegatronStrategy(ddp=...) must be 'megatron'"),
         ("accumulation", 1, "ValueError: trainer.accumulate_grad_batches: 2; allowed: 1."),
         ("virtual pipeline", 2, "RuntimeError: virtual pipeline with pipeline_model_parallel_size=2 needs overlap_p2p"),
@@ -70,6 +71,13 @@ def test_nothing_is_forgotten(workshop: Workshop, tmp_path: Path) -> None:
     ((seen, _),) = script(workshop, tmp_path, "nothing")
     assert seen.error is None
     assert len(seen.losses) == 1
+
+
+def test_nemos_progress_printer(workshop: Workshop, tmp_path: Path) -> None:
+    """On the CPU, rank 0 alone would gather the timers of all ranks, and hang; nemo_eaft.cpu answers that."""
+    for seen, _ in script(workshop, tmp_path, "progress printer", 2):
+        assert seen.error is None
+        assert len(seen.losses) == len(seen.val_losses) == 1
 
 
 def test_a_cross_entropy_that_is_not_used_is_warned_of(workshop: Workshop, tmp_path: Path) -> None:
