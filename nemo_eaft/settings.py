@@ -112,8 +112,12 @@ class LossSettings:
     """A confident conflict has a normalised entropy below this."""
     fused_linear: bool | Literal["auto"] = "auto"
     """Compute output layer and loss together, without holding the logits of all tokens, for one matrix product of the
-    output layer more. ``auto``: where the logits of one micro-batch and their gradient would take more than a tenth
+    output layer more, or, with one tensor-parallel rank and no virtual pipeline, for its weight's gradient held in
+    float32 from forward to backward. ``auto``: where the logits of one micro-batch and their gradient would take more than a tenth
     of the memory of a rank (:mod:`nemo_eaft.logits_memory`). Not for LoRA on the output layer, nor for ``stock``."""
+    check_replicas: int = 0
+    """Every so many steps, beginning with the first, compare the rows that the ranks of one copy of the model were
+    given (:mod:`nemo_eaft.replicas`); 0: never."""
 
     def __post_init__(self) -> None:
         with warnings.catch_warnings(record=True) as said:
@@ -126,6 +130,7 @@ class LossSettings:
             # `stock` is no gate of EAFTConfig, but the name that the user gave.
             text = str(warning.message).replace("gate='none'", f"gate={self.gate!r}")
             _warn(f"loss.{text}")
+        _at_least("loss.check_replicas", self.check_replicas, 0, " (0: never)")
         if self.fused_linear is True and self.gate == "stock":
             raise ValueError(
                 "loss.fused_linear=true with loss.gate=stock: Megatron's own loss needs the logits; allowed are false "

@@ -58,6 +58,7 @@ def run_training(settings: Settings, checkpoint: Path) -> None:
             vocab_size=vocab_size,
             fused_linear=fused_linear,
             measure_only=settings.loss.gate == "stock",
+            check_replicas=settings.loss.check_replicas,
         )
     )
     llm.finetune(

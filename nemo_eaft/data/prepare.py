@@ -23,7 +23,7 @@ from nemo_eaft.data.tokens import Tokens, tokenize_pair
 from nemo_eaft.settings import Settings
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1  # raise when what is written changes, so that files of an older version are written anew
+_FORMAT = 2  # raise when what is written changes, so that files of an older version are written anew
 _SHOWN = 10
 _NAMES = {"train": "training.jsonl", "validation": "validation.jsonl"}
 
@@ -168,9 +168,10 @@ def _write(
 
 
 def _line(row: Row, tokens: Tokens, kind: Kind) -> dict[str, Any]:
+    # NeMo carries keys that it does not know into the batch, as its metadata: an error can then name the row.
     if kind == "chat":
-        return {"input_ids": tokens.input_ids, "answers": tokens.answers}
-    return {"input": row.values["input"], "output": row.values["output"]}
+        return {"input_ids": tokens.input_ids, "answers": tokens.answers, "line": row.number}
+    return {"input": row.values["input"], "output": row.values["output"], "line": row.number}
 
 
 def _tokenized(settings: Settings, tokenizer: Any, source: Source, kind: Kind) -> Iterator[tuple[Row, Tokens | str]]:

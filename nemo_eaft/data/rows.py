@@ -22,6 +22,11 @@ class Row:
     values: dict[str, Any]
     error: str | None = None
 
+    @property
+    def number(self) -> int:
+        """The line of its file, or the row of its data set, from 1."""
+        return int(self.where.rsplit(":", 1)[1])
+
 
 @dataclass(frozen=True)
 class Source:

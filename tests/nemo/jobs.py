@@ -99,7 +99,9 @@ class Recorder(Callback):
         self.seen.val_losses.append(float(trainer.callback_metrics["val_loss"]))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self.seen.final = pieces(trainer.strategy.megatron_parallel)
+        # There is no model yet where the script is refused in setup.
+        if getattr(trainer.strategy, "megatron_parallel", None) is not None:
+            self.seen.final = pieces(trainer.strategy.megatron_parallel)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.seen.final = pieces(trainer.strategy.megatron_parallel)
@@ -323,10 +325,10 @@ def script(spec: Script) -> Recorded:
 
 
 class _TooLate(EAFTCallback):
-    """Sets the flag only after DDP was built, as a callback that is not there for `setup` would."""
+    """Sets the flag only after DDP was built, and believes that it was there for `setup`."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        pass
+        self._set_up = True
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         for chunk in trainer.strategy.megatron_parallel:

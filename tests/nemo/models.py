@@ -127,10 +127,16 @@ def run_settings(hf: Path, rows: Path, run_dir: Path, **changes: Any) -> Setting
         "seed": 7,
     } | changes.get("trainer", {})
     parallel = changes.get("parallel", {})
-    data: dict[str, Any] = {"num_workers": 0} | changes.get("data", {})
     settings = Settings(
         model=ModelSettings(hf=str(hf)),
-        data=DataSettings(train=str(rows / "training.jsonl"), validation=str(rows / "validation.jsonl"), **data),
+        data=DataSettings(
+            **{
+                "train": str(rows / "training.jsonl"),
+                "validation": str(rows / "validation.jsonl"),
+                "num_workers": 0,
+            }
+            | changes.get("data", {})
+        ),
         loss=LossSettings(**changes.get("loss", {})),
         parallel=ParallelSettings(**parallel),
         trainer=TrainerSettings(**trainer),
