@@ -207,6 +207,8 @@ def build_trainer(settings: Settings) -> Any:
         gradient_as_bucket_view=True,
         # A save that goes on in the background could be cut short by the end of the job.
         ckpt_async_save=False,
+        # Otherwise the distributed optimizer's state can be loaded under the same TP and PP only.
+        ckpt_optim_fully_reshardable=True,
         replace_progress_bar=False,
     )
     validate = settings.data.validation is not None and trainer.val_every > 0
