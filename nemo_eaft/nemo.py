@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nemo_eaft.atomic import replacing
 from nemo_eaft.config import EAFTConfig
-from nemo_eaft.loss.collectives import sum_over_data_and_broadcast_over_pipeline
+from nemo_eaft.loss.collectives import gather_objects, sum_over_data_and_broadcast_over_pipeline
 from nemo_eaft.megatron import AttachedLoss, attach, attached, detach
 from nemo_eaft.metrics import StepMetrics, reduce_sums, zero_sums
 from nemo_eaft.progress import Pace, format_progress
@@ -47,10 +47,12 @@ class EAFTCallback(Callback):
     fused_linear: output layer and loss in one, which never holds the logits of all tokens; costs one matrix product of
         the output layer more. Recomputes in backward; see `megatron.attach`.
     measure_only: train with Megatron's own cross-entropy, bit for bit, and only record: for comparison.
+    allow_config_change: go on from a checkpoint that was made with another `config` or `measure_only`.
 
     Raises, on every rank and before the first optimizer step:
         ValueError: the strategy is not NeMo's MegatronStrategy, the model has no place for the loss, or `fused_linear`
-            with `measure_only` or with LoRA on the output layer.
+            with `measure_only` or with LoRA on the output layer; or the run was trained with another configuration
+            up to its checkpoint (`eaft.json`).
         RuntimeError: gradients would not be divided by the tokens of the global batch; the loss was never called; or
             the loss of a step is not finite.
     """
@@ -63,10 +65,12 @@ class EAFTCallback(Callback):
         vocab_size: int | None = None,
         fused_linear: bool = False,
         measure_only: bool = False,
+        allow_config_change: bool = False,
     ) -> None:
         self.config = EAFTConfig() if config is None else config
         self.fused_linear = fused_linear
         self.measure_only = measure_only
+        self.allow_config_change = allow_config_change
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._vocab_size = vocab_size
         self._loss: AttachedLoss | None = None
@@ -118,10 +122,12 @@ class EAFTCallback(Callback):
             _check_interleaving(chunk.config)
         self._verified = False
         self._run_dir = self._run_dir or Path(AppState().log_dir or trainer.default_root_dir)
+        settings = dataclasses.asdict(self.config)
+        settings |= {"fused_linear": self.fused_linear, "measure_only": self.measure_only}
+        if trainer.global_step > 0 and not self.allow_config_change:
+            _check_same(self._run_dir / "eaft.json", settings)
         if trainer.is_global_zero:
             with replacing(self._run_dir / "eaft.json") as temporary:
-                settings = dataclasses.asdict(self.config)
-                settings |= {"fused_linear": self.fused_linear, "measure_only": self.measure_only}
                 temporary.write_text(json.dumps(settings, indent=2) + "\n")
             self._file = MetricsFile(self._run_dir / "metrics.jsonl", start_step=trainer.global_step)
 
@@ -293,6 +299,27 @@ def _groups() -> tuple[Any, Any, int]:
         parallel_state.get_pipeline_model_parallel_group(),
         parallel_state.get_pipeline_model_parallel_last_rank(),
     )
+
+
+def _check_same(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse, on every rank, to go on with a loss that the run was not trained with; how it is computed may differ."""
+    try:
+        old = json.loads(path.read_text())
+    except FileNotFoundError:
+        old = settings
+    # What rank 0 read counts: another machine may not see the folder.
+    differing = gather_objects(
+        [
+            f"{name}: {old.get(name)} -> {value}"
+            for name, value in settings.items()
+            if name != "fused_linear" and old.get(name) != value
+        ]
+    )[0]
+    if differing:
+        raise ValueError(
+            f"{path}: the run was trained with another loss up to this checkpoint: {', '.join(differing)}; go back to "
+            "it, or accept the change with EAFTCallback(..., allow_config_change=True)"
+        )
 
 
 def _check_gradient_scale(chunk: Any) -> None:

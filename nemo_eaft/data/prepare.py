@@ -23,7 +23,7 @@ from nemo_eaft.data.tokens import Tokens, tokenize_pair
 from nemo_eaft.settings import Settings
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1  # raise when what is written changes, so that files of an older version are written anew
+_FORMAT = 2  # raise when what is written changes, so that files of an older version are written anew
 _SHOWN = 10
 _NAMES = {"train": "training.jsonl", "validation": "validation.jsonl"}
 
@@ -115,6 +115,34 @@ def is_prepared(root: Path) -> bool:
     """Whether every file that :func:`prepare` writes to ``root`` is there. It alone knows whether the sources have
     changed since."""
     return _written(root) is not None
+
+
+def source_changes(settings: Settings, tokenizer: Any) -> list[str]:
+    """What is not as it was when the rows in ``run.dir`` were written, one line each: files by their content, data
+    sets by their fingerprint, and the tokenizer.
+
+    Raises:
+        ValueError: a source cannot be read.
+    """
+    root = Path(settings.run.dir) / "data"
+    written = _written(root)
+    if written is None or written[0]["format"] != _FORMAT:
+        return [f"{root}: the rows of the run are not there, so it is not known what it was trained on"]
+    sources = _sources(settings)
+    for source in sources.values():
+        source.check()
+    old, new = written[0], _identity(settings, tokenizer, sources)
+    lines = [] if old["tokenizer"] == new["tokenizer"] else ["tokenizer: its tokens or its chat template changed"]
+    for part in sorted({*old["sources"], *new["sources"]}):
+        before, now = (identity["sources"].get(part) for identity in (old, new))
+        content = [{k: v for k, v in (it or {}).items() if k != "file"} for it in (before, now)]
+        if content[0] != content[1]:
+            lines.append(f"data.{part}: {_describe(before)} -> {_describe(now)}")
+    return lines
+
+
+def _describe(source: dict[str, Any] | None) -> str:
+    return "none" if source is None else " ".join(f"{key} {value}" for key, value in source.items())
 
 
 def _sources(settings: Settings) -> dict[str, Source]:

@@ -6,6 +6,8 @@ collective hangs the job. ``None`` for a group means one rank, and then nothing 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -130,3 +132,15 @@ def _check_group(group: object) -> None:
         raise ValueError(f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
         raise ValueError("group must contain this rank, got a group of other ranks")
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value``, small and picklable, in the order of the global ranks, on every rank of the job.
+
+    For checkpoints and settings, never in a step. One rank if ``torch.distributed`` is not set up.
+    """
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found

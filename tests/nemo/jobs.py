@@ -17,6 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import nemo_eaft.train
+from nemo_eaft.checkpoints import checkpoints_in
 from nemo_eaft.convert import convert_to_hf, convert_to_nemo
 from nemo_eaft.megatron import unwrap
 from nemo_eaft.nemo import EAFTCallback
@@ -153,7 +154,8 @@ def train(plan: Plan) -> Recorded:
     _with_callback(recorder, plan)
     if not plan.save:
         _without_checkpoints()
-    nemo_eaft.train.run_training(plan.settings, plan.checkpoint)
+    there = checkpoints_in(Path(plan.settings.run.dir))
+    nemo_eaft.train.run_training(plan.settings, plan.checkpoint, there[-1] if there else None)
     return recorder.seen
 
 

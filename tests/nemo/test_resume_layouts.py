@@ -2,15 +2,12 @@
 
 import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.nemo import jobs
 from tests.nemo.conftest import Run, Workshop, assemble
-from tests.nemo.ranks import run_ranks
 
 STEPS = 6
 SAVED = 3
