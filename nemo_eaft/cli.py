@@ -162,8 +162,7 @@ def _export(arguments: argparse.Namespace) -> int:
         if not there:
             raise ValueError(f"checkpoint {checkpoint}: neither a complete NeMo checkpoint nor a run with one")
         checkpoint = there[-1]
-    checkpoint = checkpoint.resolve()
-    if is_unfinished(checkpoint):
+    if is_unfinished(checkpoint.resolve()):
         raise ValueError(f"checkpoint {checkpoint} was not finished: a file {checkpoint.name}-unfinished is beside it")
     output: Path = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -177,7 +176,7 @@ def _export(arguments: argparse.Namespace) -> int:
         listed = "\n  ".join(found)
         raise ValueError(f"checkpoint {checkpoint} is damaged; export another one by its folder:\n  {listed}")
     print(f"export: {checkpoint} -> {output}", flush=True)
-    run_in_own_process(["to-hf", str(checkpoint), str(output), str(hf)], arguments.backend)
+    run_in_own_process(["to-hf", str(checkpoint.resolve()), str(output), str(hf)], arguments.backend)
     print(output)
     return 0
 

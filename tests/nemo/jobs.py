@@ -140,6 +140,8 @@ class Plan:
 
     settings: Settings
     checkpoint: Path
+    resume_from: Path | Literal["newest"] | None = "newest"
+    """The checkpoint to go on from; None: the imported one; `newest`: the run's newest, if there is one."""
     save: bool = False
     """Keep the checkpoints of the settings; otherwise nothing is written but the metrics."""
     stop_at: int | None = None
@@ -154,8 +156,11 @@ def train(plan: Plan) -> Recorded:
     _with_callback(recorder, plan)
     if not plan.save:
         _without_checkpoints()
-    there = checkpoints_in(Path(plan.settings.run.dir))
-    nemo_eaft.train.run_training(plan.settings, plan.checkpoint, there[-1] if there else None)
+    resume_from = plan.resume_from
+    if resume_from == "newest":
+        there = checkpoints_in(Path(plan.settings.run.dir))
+        resume_from = there[-1] if there else None
+    nemo_eaft.train.run_training(plan.settings, plan.checkpoint, resume_from)
     return recorder.seen
 
 

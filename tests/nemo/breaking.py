@@ -1,0 +1,60 @@
+"""Ranks that break while they save, and what changes between a run and its resume."""
+
+import os
+import re
+import resource
+import signal
+import sys
+from typing import Any
+
+import nemo_eaft.nemo
+from nemo_eaft.config import EAFTConfig
+from tests.nemo import jobs
+
+
+def train_and_be_killed(plan: jobs.Plan, moment: str) -> None:
+    """Train; SIGKILL ends this rank and its writers at the first call to the system that `moment` describes.
+
+    moment: regular expression for `<event> <path>`, with the names of Python's audit events: `open`, `os.remove`,
+        `os.rename`, `shutil.rmtree`. Nothing of the call has happened yet.
+    """
+    expression = re.compile(moment)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.remove", "os.rename", "shutil.rmtree"):
+            said = f"{event} {os.fspath(arguments[0])!s}" if isinstance(arguments[0], (str, os.PathLike)) else event
+            if expression.search(said):
+                os.killpg(0, signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    jobs.train(plan)
+
+
+def train_with_small_files(plan: jobs.Plan, largest: int) -> str:
+    """Train where no file may grow beyond `largest` bytes; the error that ended it."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+    try:
+        return train_and_tell(plan)
+    finally:
+        # What the rank has to say is written to files, too.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def train_and_tell(plan: jobs.Plan) -> str:
+    """Train; the error that ended it, or nothing."""
+    try:
+        jobs.train(plan)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def train_as_a_script(plan: jobs.Plan, alpha: float, allow: bool) -> str:
+    """As somebody's script with `EAFTCallback(EAFTConfig(alpha=alpha), allow_config_change=allow)`."""
+
+    class OfAScript(nemo_eaft.nemo.EAFTCallback):
+        def __init__(self, config: EAFTConfig, **keywords: Any) -> None:
+            super().__init__(EAFTConfig(alpha=alpha), **keywords | {"allow_config_change": allow})
+
+    nemo_eaft.nemo.EAFTCallback = OfAScript  # type: ignore[misc]
+    return train_and_tell(plan)
