@@ -17,6 +17,7 @@ import nemo.lightning as nl
 from lightning.pytorch import Trainer
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io.pl import TrainerContext
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_eaft.integrity import files, sums, write_sums
 from nemo_eaft.loss.collectives import gather_objects
@@ -44,7 +45,8 @@ class ModelCheckpoint(nl.ModelCheckpoint):
             self.set_checkpoint_unfinished_marker(filepath, barrier_after=True)
             _on_rank_zero(trainer, lambda: _dump_context(trainer, folder))
             super()._save_checkpoint(trainer, filepath)
-        except Exception as error:
+        # CheckpointException is a BaseException, which nobody expects: not even what writes error.json.
+        except (Exception, CheckpointException) as error:
             raise RuntimeError(f"checkpoint {folder} could not be written{_space(folder)}: {_cause(error)}") from error
 
     def _get_finalize_save_checkpoint_callback(
@@ -100,11 +102,14 @@ def _space(folder: Path) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The system's own message where there is one: Megatron reports its writers' errors in text of many lines."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno is not None:
-            return str(seen)
-        seen = seen.__cause__ or seen.__context__
-    system = re.findall(r"OSError: (\[Errno \d+\][^\n]*)", str(error))
-    return system[0] if system else f"{type(error).__name__}: {error}"
+    """The system's own message where there is one."""
+    if isinstance(error, CheckpointException):
+        # Megatron raises it on every rank or on none, but tells the reason to one of them only.
+        causes = [cause for cause in gather_objects(_system_error(str(error))) if cause]
+        return causes[0] if causes else str(error)
+    return _system_error(str(error)) or f"{type(error).__name__}: {error}"
+
+
+def _system_error(text: str) -> str:
+    found = re.findall(r"\[Errno \d+\] [^\n]*", text)
+    return found[0] if found else ""

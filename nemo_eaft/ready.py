@@ -224,7 +224,7 @@ def _missing(settings: Settings, ready: Ready | None) -> str:
         return f"the settings of rank 0 in {run_dir / CONFIG}, which are not those of this rank"
     if not is_prepared(run_dir / "data"):
         return f"the rows in {run_dir / 'data'}"
-    if ready.resume_from is not None and not is_checkpoint(ready.resume_from):
+    if not ready.finished and ready.resume_from is not None and not is_checkpoint(ready.resume_from):
         return f"the checkpoint {ready.resume_from}"
     return "" if is_checkpoint(ready.checkpoint) else f"the converted checkpoint {ready.checkpoint}"
 

@@ -1,13 +1,16 @@
 """Ranks that break while they save, and what changes between a run and its resume."""
 
+import dataclasses
 import os
 import re
 import resource
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import nemo_eaft.nemo
+import nemo_eaft.resume
 from nemo_eaft.config import EAFTConfig
 from tests.nemo import jobs
 
@@ -58,3 +61,22 @@ def train_as_a_script(plan: jobs.Plan, alpha: float, allow: bool) -> str:
 
     nemo_eaft.nemo.EAFTCallback = OfAScript  # type: ignore[misc]
     return train_and_tell(plan)
+
+
+def train_from_different(plan: jobs.Plan, checkpoints: list[Path]) -> str:
+    """Each rank goes on from another checkpoint; the error that ended it."""
+    return train_and_tell(dataclasses.replace(plan, resume_from=checkpoints[int(os.environ["RANK"])]))
+
+
+def train_and_show_groups(plan: jobs.Plan) -> list[dict[str, Any]]:
+    """Train; the optimizer's settings by group of parameters, as they were at the end."""
+    groups: list[dict[str, Any]] = []
+
+    class Watch(nemo_eaft.resume.KeepDataOrder):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            for optimizer in trainer.optimizers:
+                groups.extend({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups)
+
+    nemo_eaft.resume.KeepDataOrder = Watch  # type: ignore[misc]
+    jobs.train(plan)
+    return groups
