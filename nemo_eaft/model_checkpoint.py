@@ -102,11 +102,12 @@ def _space(folder: Path) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The system's own message where there is one."""
+    """The system's own message where there is one; torch.save has a text of its own for a write that failed."""
     if isinstance(error, CheckpointException):
         # Megatron raises it on every rank or on none, but tells the reason to one of them only.
-        causes = [cause for cause in gather_objects(_system_error(str(error))) if cause]
-        return causes[0] if causes else str(error)
+        lines = str(error).strip().splitlines()[1:]
+        told = gather_objects(_system_error(str(error)) or (lines[-1] if lines else ""))
+        return next((cause for cause in told if cause), str(error))
     return _system_error(str(error)) or f"{type(error).__name__}: {error}"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from nemo_eaft import recorder
 from nemo_eaft.loss.collectives import gather_objects
 
 
@@ -78,6 +79,32 @@ class KeepSchedule(Callback):
             schedule._get_lr_called_within_step = False
             for group, rate in zip(_groups(trainer), schedule._last_lr, strict=True):
                 group["lr"] = rate
+
+
+class RepeatValidation(Callback):
+    """A validation that was due at the checkpoint's step and was cut off by the end of the job is done after all.
+
+    NeMo saves before it validates. Comes after `EAFTCallback`, which opens the file that tells and that is written to.
+    """
+
+    def __init__(self, metrics: Path) -> None:
+        self._metrics = metrics
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Before the first step."""
+        step, interval = trainer.global_step, trainer.val_check_interval
+        due = step > 0 and isinstance(interval, int) and trainer.limit_val_batches != 0 and step % interval == 0
+        # Rank 0 decides for all: another one may not see the file.
+        if not gather_objects(due and not self._done(step))[0]:
+            return
+        # As training_epoch_loop.py:284 does it.
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+    def _done(self, step: int) -> bool:
+        there = recorder.read(self._metrics) if self._metrics.exists() else []
+        return any(row["step"] == step and "val_loss" in row for row in there)
 
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:

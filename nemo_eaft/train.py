@@ -47,7 +47,7 @@ def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None)
 
     from nemo_eaft.logits_memory import choose_fused_linear
     from nemo_eaft.nemo import EAFTCallback, true_vocab_size
-    from nemo_eaft.resume import KeepDataOrder, KeepSchedule, SameStart
+    from nemo_eaft.resume import KeepDataOrder, KeepSchedule, RepeatValidation, SameStart
 
     run_dir = Path(settings.run.dir)
     model = build_model(settings, checkpoint)
@@ -68,6 +68,7 @@ def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None)
             allow_config_change=True,
         )
     )
+    trainer.callbacks.append(RepeatValidation(run_dir / "metrics.jsonl"))
     llm.finetune(
         model=model,
         data=build_module(settings, run_dir / "data", model.tokenizer),

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from nemo_eaft import integrity
 from nemo_eaft.integrity import SUMS, Sum, faults, files, sums, write_sums
 
 
@@ -47,6 +46,11 @@ def flip(path: Path, at: int = 0, bit: int = 0) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a flipped bit": (
         lambda root: flip(root / "weights/__0_0.distcp", 99_999, 7),
@@ -65,7 +69,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "removed": (lambda root: (root / "weights/common.pt").unlink(), "weights/common.pt", "is missing"),
     "a folder in its place": (
-        lambda root: ((root / "weights/common.pt").unlink(), (root / "weights/common.pt").mkdir()),
+        lambda root: to_folder(root / "weights/common.pt"),
         "weights/common.pt",
         "bytes, but 17 were saved",
     ),
@@ -130,7 +134,7 @@ def test_a_failed_write_leaves_no_sums(folder: Path, monkeypatch: pytest.MonkeyP
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(integrity.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_sums(folder)
     assert files(folder) == ["context/model.yaml", "weights/__0_0.distcp", "weights/common.pt"]

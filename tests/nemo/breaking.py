@@ -59,7 +59,7 @@ def train_as_a_script(plan: jobs.Plan, alpha: float, allow: bool) -> str:
         def __init__(self, config: EAFTConfig, **keywords: Any) -> None:
             super().__init__(EAFTConfig(alpha=alpha), **keywords | {"allow_config_change": allow})
 
-    nemo_eaft.nemo.EAFTCallback = OfAScript  # type: ignore[misc]
+    nemo_eaft.nemo.EAFTCallback = OfAScript  # type: ignore[assignment, misc]
     return train_and_tell(plan)
 
 
@@ -80,3 +80,14 @@ def train_and_show_groups(plan: jobs.Plan) -> list[dict[str, Any]]:
     nemo_eaft.resume.KeepDataOrder = Watch  # type: ignore[misc]
     jobs.train(plan)
     return groups
+
+
+def train_and_die_before_validation(plan: jobs.Plan) -> None:
+    """Train; this rank is killed when its first validation starts, after the checkpoint of that step."""
+
+    class Dies(nemo_eaft.resume.KeepDataOrder):
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            os.killpg(0, signal.SIGKILL)
+
+    nemo_eaft.resume.KeepDataOrder = Dies  # type: ignore[misc]
+    jobs.train(plan)

@@ -97,7 +97,9 @@ class Recorder(Callback):
         self.seen.val_losses.append(float(trainer.callback_metrics["val_loss"]))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self.seen.final = pieces(trainer.strategy.megatron_parallel)
+        # What failed may have been there before the model was.
+        if getattr(trainer.strategy, "megatron_parallel", None) is not None:
+            self.seen.final = pieces(trainer.strategy.megatron_parallel)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.seen.final = pieces(trainer.strategy.megatron_parallel)

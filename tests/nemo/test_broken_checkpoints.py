@@ -4,6 +4,7 @@ the file. Real trainings, killed and starved for real."""
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -205,6 +206,7 @@ def test_a_file_that_cannot_be_written(half: Settings, undisturbed: Run) -> None
     step = Path(half.run.dir) / "checkpoints" / "step=5"
     for text in told:
         assert text.startswith(f"RuntimeError: checkpoint {step} could not be written (")
-        assert "[Errno 27] File too large" in text
+        # torch.save says where it wanted to be in the file, and where it was.
+        assert re.search(r"GB are free on its disk\): .*(\[Errno 27\] File too large|unexpected pos \d+ vs \d+)", text)
     with pytest.warns(UserWarning, match=r"step=5 was not finished"):
         finish(half, undisturbed)
