@@ -11,6 +11,7 @@ from typing import Any
 
 import nemo_eaft.nemo
 import nemo_eaft.resume
+import nemo_eaft.train
 from nemo_eaft.config import EAFTConfig
 from tests.nemo import jobs
 
@@ -91,3 +92,16 @@ def train_and_die_before_validation(plan: jobs.Plan) -> None:
 
     nemo_eaft.resume.KeepDataOrder = Dies  # type: ignore[misc]
     jobs.train(plan)
+
+
+def train_with_a_lambda(plan: jobs.Plan) -> str:
+    """Train a model whose configuration holds what no context can; the error that ended it."""
+    build = nemo_eaft.train.build_model
+
+    def with_lambda(*arguments: Any) -> Any:
+        model = build(*arguments)
+        model.__io__.config.activation_func = lambda x: x
+        return model
+
+    nemo_eaft.train.build_model = with_lambda
+    return train_and_tell(plan)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_eaft.checkpoints import UNFINISHED
+from nemo_eaft.checkpoints import UNFINISHED, is_unfinished
 from nemo_eaft.integrity import SUMS, faults
 from nemo_eaft.ready import Ready, make_ready
 from nemo_eaft.settings import Settings
@@ -95,6 +95,22 @@ def test_what_is_saved_has_sums(undisturbed: Run) -> None:
         inside = {line.split("  ")[1] for line in (folder / SUMS).read_text().splitlines()}
         needed = {"weights/__0_0.distcp", "weights/__1_0.distcp", "weights/common.pt", "weights/metadata.json"}
         assert needed | {"weights/.metadata", "context/io.json", "context/model.yaml"} <= inside
+
+
+def test_an_import_has_sums(workshop: Workshop) -> None:
+    assert (workshop.nemo("llama") / SUMS).is_file()
+    assert faults(workshop.nemo("llama")) == []
+
+
+def test_a_context_that_cannot_be_written_is_an_error(half: Settings) -> None:
+    """NeMo warns, and leaves a checkpoint that cannot be exported."""
+    told = run_ranks(breaking.train_with_a_lambda, WORLD, plan(half, make_ready(half)))
+    step = Path(half.run.dir) / "checkpoints" / "step=5"
+    for text in told:
+        assert text.startswith(f"RuntimeError: checkpoint {step} could not be written (")
+        assert "rank 0: " in text
+    assert is_unfinished(step)
+    assert not (step / "weights").exists()
 
 
 MOMENTS = {
