@@ -114,6 +114,8 @@ def _wait(processes: Sequence[BaseProcess], folder: Path, timeout: float, dies: 
             # A file names its rank's exception when it was raised, so the first is the cause; those of its peers,
             # whose connection it closed, come later.
             time.sleep(0.2)
+            if dies and {DIES, -signal.SIGKILL} & {process.exitcode for process in processes}:
+                return True
             errors = errors or sorted(folder.glob("error_*"), key=lambda path: path.stat().st_mtime_ns)
             rank = int(errors[0].name.split("_")[1]) if errors else 0
             text = errors[0].read_text() if errors else "no traceback"
