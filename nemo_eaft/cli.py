@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+_ALLOW = "--allow-config-change"
 _OVERRIDES = "group.key=value or group=file, for example trainer.max_steps=5 or loss=sft"
 
 
@@ -48,6 +49,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "import":
             command.add_argument(
                 "--data", action="store_true", help="also read and check the rows, and write them to run.dir"
+            )
+        else:
+            command.add_argument(
+                _ALLOW, action="store_true", help="go on from checkpoints of another configuration or of other data"
             )
         command.add_argument("conf", metavar="CONF", help="a name of conf/ (demo) or a .yaml file")
         command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=_OVERRIDES)
@@ -114,24 +119,25 @@ def _train(arguments: argparse.Namespace) -> int:
     from nemo_eaft.ready import check_run_dir, make_ready, wait_ready
 
     settings = compose(arguments.conf, arguments.overrides)
+    allow: bool = arguments.allow_config_change
     place = launched()
     if place is None:
-        if make_ready(settings).finished:
+        if make_ready(settings, allow).finished:
             print(f"run.dir={settings.run.dir}: finished, all {settings.trainer.max_steps} steps are done")
             return 0
-        return run_local(settings, [arguments.conf, *arguments.overrides])
+        return run_local(settings, [*([_ALLOW] if allow else []), arguments.conf, *arguments.overrides])
     rank, ranks = place
     # Before write_error can act: until these pass, run.dir may be another run's.
     check_world(settings, ranks)
-    check_run_dir(settings)
+    check_run_dir(settings, allow)
     try:
-        # Rank 0 decides whether the run is finished: another rank might look a moment later, or at an older state.
-        ready = make_ready(settings) if rank == 0 else wait_ready(settings)
+        # Rank 0 decides where the run goes on: another rank might look a moment later, or at an older state.
+        ready = make_ready(settings, allow) if rank == 0 else wait_ready(settings)
         if ready.finished:
             return 0
         from nemo_eaft.train import run_training
 
-        run_training(settings, ready.checkpoint)
+        run_training(settings, ready.checkpoint, ready.resume_from)
     except (Exception, SystemExit) as error:
         write_error(Path(settings.run.dir), rank, error)
         raise
@@ -139,8 +145,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from nemo_eaft.checkpoints import checkpoints_in, is_checkpoint, is_unfinished
     from nemo_eaft.convert import run_in_own_process
-    from nemo_eaft.ready import CONFIG, checkpoints_in, is_checkpoint
+    from nemo_eaft.integrity import SUMS, faults
+    from nemo_eaft.ready import CONFIG
 
     checkpoint: Path = arguments.checkpoint
     if not checkpoint.is_dir():
@@ -154,12 +162,19 @@ def _export(arguments: argparse.Namespace) -> int:
         if not there:
             raise ValueError(f"checkpoint {checkpoint}: neither a complete NeMo checkpoint nor a run with one")
         checkpoint = there[-1]
+    if is_unfinished(checkpoint.resolve()):
+        raise ValueError(f"checkpoint {checkpoint} was not finished: a file {checkpoint.name}-unfinished is beside it")
     output: Path = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists and is not an empty folder")
     hf: Path = arguments.hf or _hf_files(checkpoint, run_dir)
     if not (hf / "config.json").is_file():
         raise ValueError(f"--hf {hf}: no config.json there")
+    if not (checkpoint / SUMS).is_file():
+        warnings.warn(f"{checkpoint} has no {SUMS}: it is not known whether its files are whole", stacklevel=1)
+    elif found := faults(checkpoint):
+        listed = "\n  ".join(found)
+        raise ValueError(f"checkpoint {checkpoint} is damaged; export another one by its folder:\n  {listed}")
     print(f"export: {checkpoint} -> {output}", flush=True)
     run_in_own_process(["to-hf", str(checkpoint.resolve()), str(output), str(hf)], arguments.backend)
     print(output)

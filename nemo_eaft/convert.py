@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eaft.atomic import complete_folder
+from nemo_eaft.integrity import write_sums
 
 # Hugging Face `model_type` -> NeMo model of nemo.collections.llm 2.7.3.
 FAMILIES = {
@@ -207,6 +208,7 @@ def convert_to_nemo(source: Path, output: Path, tokenizer: str | None = None, tr
         _importer(source, hf_files, trust_remote_code).apply(folder)
         manifest = {"source": str(source), "vocab_size": vocab_size, "tokens": tokens}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        write_sums(folder)
     return output
 
 

@@ -44,6 +44,7 @@ from nemo_eaft.recorder import MetricsFile
 from nemo_eaft.replicas import check_replicas
 from nemo_eaft.report import write_report
 from nemo_eaft.requirements import true_vocab_size
+from nemo_eaft.same_config import check_same
 
 __all__ = ["EAFTCallback", "true_vocab_size"]
 
@@ -64,10 +65,12 @@ class EAFTCallback(Callback):
     measure_only: train with Megatron's own cross-entropy, bit for bit, and only record: for comparison.
     check_replicas: every so many steps, beginning with the first, compare what the ranks of one copy of the model were
         given to train on (see replicas.py); 0: never. One all-gather a checked step.
+    allow_config_change: go on from a checkpoint that was made with another `config` or `measure_only`.
 
     Raises, on every rank and before the optimizer step:
         ValueError: a script that lacks what requirements.py asks for; a model without a place for the loss, or
-            `fused_linear` with `measure_only` or with LoRA on the output layer.
+            `fused_linear` with `measure_only` or with LoRA on the output layer; a checkpoint of a run with another
+            configuration (`eaft.json`).
         RuntimeError: gradients would not be divided by the tokens of the global batch; the loss was never called; the
             loss or the gradient of a step is not finite; ranks that need the same rows were given different ones.
     """
@@ -81,12 +84,14 @@ class EAFTCallback(Callback):
         fused_linear: bool = False,
         measure_only: bool = False,
         check_replicas: int = 0,
+        allow_config_change: bool = False,
     ) -> None:
         if check_replicas < 0:
             raise ValueError(f"check_replicas: {check_replicas}; allowed: 0 (never) or a number of steps")
         self.config = EAFTConfig() if config is None else config
         self.fused_linear = fused_linear
         self.measure_only = measure_only
+        self.allow_config_change = allow_config_change
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._vocab_size = vocab_size
         self._loss: AttachedLoss | None = None
@@ -127,10 +132,12 @@ class EAFTCallback(Callback):
         for chunk in _chunks(trainer):
             requirements.check_chunk(chunk)
         self._run_dir = self._run_dir or Path(AppState().log_dir or trainer.default_root_dir)
+        settings = dataclasses.asdict(self.config)
+        settings |= {"fused_linear": self.fused_linear, "measure_only": self.measure_only}
+        if trainer.global_step > 0 and not self.allow_config_change:
+            check_same(self._run_dir / "eaft.json", settings)
         if trainer.is_global_zero:
             with replacing(self._run_dir / "eaft.json") as temporary:
-                settings = dataclasses.asdict(self.config)
-                settings |= {"fused_linear": self.fused_linear, "measure_only": self.measure_only}
                 temporary.write_text(json.dumps(settings, indent=2) + "\n")
             self._file = MetricsFile(self._run_dir / "metrics.jsonl", start_step=trainer.global_step)
 

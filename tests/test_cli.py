@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from nemo_eaft import cli, launch, ready
+from nemo_eaft.checkpoints import checkpoints_in
 from nemo_eaft.compose import compose, save
 from nemo_eaft.convert import MANIFEST
 from nemo_eaft.hf_model import imported_folder
+from nemo_eaft.integrity import write_sums
 from nemo_eaft.settings import known_keys
 from tests.data.support import chat, make_tokenizer, write_jsonl
 
@@ -40,6 +42,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_jsonl(tmp_path / "validation.jsonl", rows)
     (tmp_path / "imported").mkdir()
     (tmp_path / "imported" / MANIFEST).write_text("{}")
+    write_sums(tmp_path / "imported")
     (tmp_path / "own.yaml").write_text(
         f"model: {{hf: '{model}', imported: '{tmp_path}/imported'}}\n"
         f"data: {{train: '{tmp_path}/train.jsonl', validation: '{tmp_path}/validation.jsonl'}}\n"
@@ -160,8 +163,11 @@ def test_a_run_dir_with_another_configuration(
 def make_checkpoint(path: Path, unfinished: bool = False) -> Path:
     for part in ("weights", "context"):
         (path / part).mkdir(parents=True)
+    (path / "weights" / "common.pt").write_text("weights")
     if unfinished:
         path.with_name(path.name + "-unfinished").touch()
+    else:
+        write_sums(path)
     return path
 
 
@@ -171,8 +177,8 @@ def test_checkpoints_of_a_run_are_found_in_order(tmp_path: Path) -> None:
         make_checkpoint(folder / name)
     make_checkpoint(folder / "step=200", unfinished=True)
     (folder / "step=300").mkdir()
-    assert [path.name for path in ready.checkpoints_in(tmp_path)] == ["step=9", "step=10", "step=100-last"]
-    assert ready.checkpoints_in(tmp_path / "nowhere") == []
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step=9", "step=10", "step=100-last"]
+    assert checkpoints_in(tmp_path / "nowhere") == []
 
 
 def test_checkpoints_are_neither_ignored_nor_taken_for_ones_own(
@@ -183,6 +189,8 @@ def test_checkpoints_are_neither_ignored_nor_taken_for_ones_own(
     code, _, err = run(capsys, "train", conf)
     assert code == 2
     assert "holds checkpoints but no config.yaml" in err
+    assert run(capsys, "import", "--data", conf)[0] == 2
+    ready.prepare_rows(compose(conf), ready.open_model(compose(conf)))
     save(compose(conf), home / "run" / "config.yaml")
     code, _, err = run(capsys, "train", conf, "run.resume=false")
     assert code == 2
@@ -206,15 +214,15 @@ def test_under_torchrun_it_joins(
 ) -> None:
     from nemo_eaft import train
 
-    trained: list[Path] = []
-    monkeypatch.setattr(train, "run_training", lambda settings, checkpoint: trained.append(checkpoint))
+    trained: list[tuple[Path, Path | None]] = []
+    monkeypatch.setattr(train, "run_training", lambda settings, *where: trained.append(where))
     monkeypatch.setattr(launch, "run_local", lambda *_: pytest.fail("a rank must not launch"))
     conf = str(home / "own.yaml")
     for rank in "01":  # rank 1 finds what rank 0 made ready
         for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)):
             monkeypatch.setenv(name, value)
         assert cli.run_rank([conf]) == 0
-    assert trained == [home / "imported"] * 2
+    assert trained == [(home / "imported", None)] * 2
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -254,7 +262,8 @@ def test_a_rank_waits_for_rank_0_of_its_own_job(home: Path, monkeypatch: pytest.
     monkeypatch.setattr("nemo_eaft.ready.time.sleep", rank_0_at_work)
     # The model's files look another way from this machine: it is rank 0 that names the checkpoint.
     os.utime(home / "model" / "config.json", (1, 1))
-    assert ready.wait_ready(settings) == ready.Ready(home / "imported", finished=True)
+    resume_from = home / "run" / "checkpoints" / "step=1"
+    assert ready.wait_ready(settings) == ready.Ready(home / "imported", True, resume_from)
     assert len(waits) == 1
 
 
@@ -294,7 +303,7 @@ def test_a_finished_run_trains_on_no_rank(home: Path, monkeypatch: pytest.Monkey
     from nemo_eaft import train
 
     settings = compose(str(home / "own.yaml"))
-    save(settings, home / "run" / "config.yaml")
+    ready.make_ready(settings)
     checkpoint = make_checkpoint(home / "run" / "checkpoints" / "step=1")
     ready.make_ready(settings)
     if rank == "1":  # what it sees itself does not count
@@ -348,7 +357,7 @@ def test_a_warning_is_one_line() -> None:
 def test_a_failure_in_training_leaves_the_cause(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_eaft import train
 
-    def fail(settings: Any, checkpoint: Path) -> None:
+    def fail(settings: Any, checkpoint: Path, resume_from: Path | None) -> None:
         int("a library's ValueError is not the user's fault")
 
     monkeypatch.setattr(train, "run_training", fail)

@@ -47,11 +47,11 @@ def over_whole_sequence(forward: Callable[..., torch.Tensor]) -> Callable[..., t
     ) -> torch.Tensor:
         ranks = parallel_state.get_context_parallel_world_size()
         if ranks == 1:
-            return forward(
-                self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-            )
+            return forward(self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
         if packed_seq_params is not None:
-            raise ValueError("packed sequences with context parallelism: NeMo 2.7.3 cuts the row boundaries like tokens")
+            raise ValueError(
+                "packed sequences with context parallelism: NeMo 2.7.3 cuts the row boundaries like tokens"
+            )
         key, value = (_in_order(_gathered(tensor), ranks) for tensor in (key, value))
         mask = _masked(query.size(0), ranks, parallel_state.get_context_parallel_rank())
         return forward(self, query, key, value, mask, attn_mask_type, attention_bias)

@@ -24,7 +24,9 @@ _LOCAL_NAMES = {
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 # Weights of experts as Transformer Engine's grouped layers name them, all in one layer -> as the local layers do.
-_LOCAL_EXPERTS = {f"mlp.experts.{name}.weight*": f"mlp.experts.local_experts.*.{name}.weight" for name in ("linear_fc1", "linear_fc2")}
+_LOCAL_EXPERTS = {
+    f"mlp.experts.{name}.weight*": f"mlp.experts.local_experts.*.{name}.weight" for name in ("linear_fc1", "linear_fc2")
+}
 
 
 def _local_name(name: str) -> str:
@@ -40,7 +42,12 @@ def _local_keys(keys: Any) -> Any:
 
 def _with_local_names(apply_transforms: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(
-        source: Any, target: Any, mapping: dict[str, str], transforms: list[Any] | None = None, *args: Any, **kwargs: Any
+        source: Any,
+        target: Any,
+        mapping: dict[str, str],
+        transforms: list[Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         # Megatron's side is the source of an export and the target of an import; Hugging Face names hold no match.
         local = {_local_name(key): _local_name(value) for key, value in mapping.items()}

@@ -117,6 +117,34 @@ def is_prepared(root: Path) -> bool:
     return _written(root) is not None
 
 
+def source_changes(settings: Settings, tokenizer: Any) -> list[str]:
+    """What is not as it was when the rows in ``run.dir`` were written, one line each: files by their content, data
+    sets by their fingerprint, and the tokenizer.
+
+    Raises:
+        ValueError: a source cannot be read.
+    """
+    root = Path(settings.run.dir) / "data"
+    written = _written(root)
+    if written is None or written[0]["format"] != _FORMAT:
+        return [f"{root}: the rows of the run are not there, so it is not known what it was trained on"]
+    sources = _sources(settings)
+    for source in sources.values():
+        source.check()
+    old, new = written[0], _identity(settings, tokenizer, sources)
+    lines = [] if old["tokenizer"] == new["tokenizer"] else ["tokenizer: its tokens or its chat template changed"]
+    for part in sorted({*old["sources"], *new["sources"]}):
+        before, now = (identity["sources"].get(part) for identity in (old, new))
+        content = [{k: v for k, v in (it or {}).items() if k != "file"} for it in (before, now)]
+        if content[0] != content[1]:
+            lines.append(f"data.{part}: {_describe(before)} -> {_describe(now)}")
+    return lines
+
+
+def _describe(source: dict[str, Any] | None) -> str:
+    return "none" if source is None else " ".join(f"{key} {value}" for key, value in source.items())
+
+
 def _sources(settings: Settings) -> dict[str, Source]:
     data = settings.data
     sources = {"train": Source("data.train", data.train, data.train_split)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,12 +65,9 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What must be unchanged for rows read earlier to be those of now."""
         if self.is_file:
-            stat = Path(self.name).stat()
-            return {
-                "file": str(Path(self.name).resolve()),
-                "size": stat.st_size,
-                "mtime_ns": stat.st_mtime_ns,
-            }
+            with open(self.name, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"file": str(Path(self.name).resolve()), "sha256": digest}
         return {"dataset": self.name, "split": self.split, "fingerprint": self._dataset()._fingerprint}
 
     def rows(self) -> Iterator[Row]:

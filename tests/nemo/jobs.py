@@ -18,6 +18,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import nemo_eaft.train
+from nemo_eaft.checkpoints import checkpoints_in
 from nemo_eaft.convert import convert_to_hf, convert_to_nemo
 from nemo_eaft.megatron import unwrap
 from nemo_eaft.nemo import EAFTCallback
@@ -144,6 +145,8 @@ class Plan:
 
     settings: Settings
     checkpoint: Path
+    resume_from: Path | Literal["newest"] | None = "newest"
+    """The checkpoint to go on from; None: the imported one; `newest`: the run's newest, if there is one."""
     save: bool = False
     """Keep the checkpoints of the settings; otherwise nothing is written but the metrics."""
     stop_at: int | None = None
@@ -164,7 +167,11 @@ def train(plan: Plan) -> Recorded:
     _with_callback(recorder, plan)
     if not plan.save:
         _without_checkpoints()
-    nemo_eaft.train.run_training(plan.settings, plan.checkpoint)
+    resume_from = plan.resume_from
+    if resume_from == "newest":
+        there = checkpoints_in(Path(plan.settings.run.dir))
+        resume_from = there[-1] if there else None
+    nemo_eaft.train.run_training(plan.settings, plan.checkpoint, resume_from)
     return recorder.seen
 
 

@@ -52,7 +52,11 @@ def with_prediction_head(checkpoint: Path, output: Path) -> None:
 
     model = io.load_context(checkpoint, subpath="model")
     # The head embeds the next tokens, on the last stage, too.
-    head = {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1, "data_step_fn": functools.partial(gpt_data_step, use_mtp=True)}
+    head = {
+        "mtp_num_layers": 1,
+        "mtp_loss_scaling_factor": 0.1,
+        "data_step_fn": functools.partial(gpt_data_step, use_mtp=True),
+    }
     nemo_eaft.train.set_model_config(model, head)
     connector = type(model).importer(f"hf://{checkpoint}")
     trainer = connector.nemo_setup(model)

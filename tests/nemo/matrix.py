@@ -126,14 +126,25 @@ def pairs(row: Row) -> set[Pair]:
     return set(itertools.combinations(((name, values[name]) for name in FEATURES), 2))
 
 
-
 ROWS = (
-    Row(kind="moe", data=2, expert=2, micro_batch=1, distributed_optimizer=True, recompute=True, packed=True, tied=True),
+    Row(
+        kind="moe", data=2, expert=2, micro_batch=1, distributed_optimizer=True, recompute=True, packed=True, tied=True
+    ),
     Row(tensor=2, pipeline=2, virtual=2, sequence=True, fused=True),
     Row(kind="lora", context=2, micro_batch=4, distributed_optimizer=True),
     Row(kind="mtp", tensor=4, sequence=True, micro_batch=1, recompute=True, tied=True, fused=True),
     Row(kind="moe", pipeline=2, virtual=2, context=2, expert=2, micro_batch=4, recompute=True, tied=True, fused=True),
-    Row(kind="lora", tensor=2, pipeline=2, virtual=2, sequence=True, micro_batch=1, distributed_optimizer=True, packed=True, tied=True),
+    Row(
+        kind="lora",
+        tensor=2,
+        pipeline=2,
+        virtual=2,
+        sequence=True,
+        micro_batch=1,
+        distributed_optimizer=True,
+        packed=True,
+        tied=True,
+    ),
     Row(data=4, distributed_optimizer=True, recompute=True, tied=True),
     Row(kind="moe", tensor=2, data=2, sequence=True, micro_batch=4, recompute=True),
     Row(kind="moe", data=4, expert=2, micro_batch=1, packed=True, fused=True),
@@ -154,7 +165,9 @@ ROWS = (
 LARGE_ROWS = (
     Row(kind="moe", tensor=2, data=4, sequence=True, micro_batch=1, recompute=True, packed=True),
     Row(tensor=4, pipeline=2, virtual=2, sequence=True, micro_batch=1, distributed_optimizer=True, tied=True),
-    Row(kind="mtp", pipeline=2, virtual=2, data=4, micro_batch=1, distributed_optimizer=True, recompute=True, fused=True),
+    Row(
+        kind="mtp", pipeline=2, virtual=2, data=4, micro_batch=1, distributed_optimizer=True, recompute=True, fused=True
+    ),
     Row(tensor=4, data=2, sequence=True, micro_batch=1, packed=True, fused=True),
     Row(kind="moe", tensor=4, context=2, sequence=True, distributed_optimizer=True, recompute=True, fused=True),
     Row(data=4, context=2, distributed_optimizer=True),
