@@ -39,6 +39,16 @@ def sum_over_data_and_broadcast_over_pipeline(
     return total
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is true on any rank of the job: one all-reduce MAX of one int32 over all ranks, none without a
+    process group. Every rank gets the same answer, so a branch on it is the same everywhere."""
+    if not dist.is_initialized():
+        return flag
+    shared = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return bool(shared.item())
+
+
 def group_size(group: ProcessGroup | None) -> int:
     """How many ranks ``group`` has; 1 for None. Sends nothing.
 
