@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TextIO
 
 _STOPPING = (
-    "A file `stop` in run.dir, or SIGTERM or SIGUSR1 to the launcher, asks the run to stop: at the next step it saves a "
-    "checkpoint and ends with exit code 75 (ranks of a torchrun of your own: 0), and run.dir/stopped.json says where. A "
-    "second signal ends it at once. Other exit codes: 0 done, 2 wrong input, 1 anything else."
+    "A file `stop` in run.dir, or SIGTERM or SIGUSR1 to the launcher, asks the run to stop: at the next step it saves "
+    "a checkpoint and ends with exit code 75 (ranks of a torchrun of your own: 0), and run.dir/stopped.json says "
+    "where. A second signal ends it at once. Other exit codes: 0 done, 2 wrong input, 1 anything else."
 )
 _OVERRIDES = "group.key=value or group=file, for example trainer.max_steps=5 or loss=sft"
 
@@ -118,8 +118,8 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from nemo_eaft.compose import compose
     from nemo_eaft import stop
+    from nemo_eaft.compose import compose
     from nemo_eaft.launch import check_world, launched, run_local, tell_torchrun, write_error
     from nemo_eaft.ready import check_run_dir, make_ready, wait_ready
 

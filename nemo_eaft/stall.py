@@ -104,21 +104,21 @@ def judge(answers: Mapping[int, Answer], ranks: int, stall_seconds: float, dumps
     """
     silent = [rank for rank in range(ranks) if rank not in answers]
     away = sorted((one for one in answers.values() if not one.waits), key=lambda one: (one.progress, one.rank))
-    others = [f"rank {one.rank}: {one.doing}, {one.where}" for one in answers.values()]
+    others = [f"rank {one.rank}: {one.doing}, {one.where}" for _, one in sorted(answers.items())]
     if silent:
         first = silent[0]
         also = f" (nor do ranks {', '.join(map(str, silent[1:]))})" if silent[1:] else ""
-        text = dumps.get(first, "")
         message = (
             f"does not answer{also}: its process is stopped, or its machine is gone, or it is stuck outside Python; "
             f"no progress for {stall_seconds:g} s"
         )
-        return Verdict(first, message, _report(f"rank {first} left no stack\n" if not text else text, others))
+        return Verdict(first, message, _report(dumps.get(first) or f"rank {first} left no stack\n", others))
     if away:
         stuck = away[0]
-        also = f" (and so are ranks {', '.join(str(one.rank) for one in away[1:])})" if away[1:] else ""
+        more = ", ".join(str(one.rank) for one in away[1:])
+        also = f" (ranks {more} do not wait for others either, but got further)" if more else ""
         message = f"is stuck{also}: no progress for {stuck.still:.0f} s after {stuck.doing}; it {stuck.where}"
-        return Verdict(stuck.rank, message, _report(stuck.stack, [text for text in others if text != others[0] or 1]))
+        return Verdict(stuck.rank, message, _report(stuck.stack, others))
     first = min(answers)
     message = (
         f"and every other rank wait for each other, no progress for {answers[first].still:.0f} s: they are in "

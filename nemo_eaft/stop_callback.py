@@ -1,6 +1,6 @@
 """The callback that ends a training when :mod:`nemo_eaft.stop` was asked to.
 
-    trainer.callbacks.append(StopOnRequest("runs/mine"))
+trainer.callbacks.append(StopOnRequest("runs/mine"))
 """
 
 from __future__ import annotations

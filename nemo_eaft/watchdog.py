@@ -23,6 +23,11 @@ _NOTICED = "noticed"
 """File in `stall/`: some rank made no progress for `stall_seconds`, and all are to answer."""
 
 
+def clear(run_dir: Path) -> None:
+    """Remove what an earlier job left, so that it is not taken for this one's."""
+    shutil.rmtree(run_dir / stall.FOLDER, ignore_errors=True)
+
+
 class Watchdog:
     """Watches this rank. Not a collective: each rank has its own, and they speak through files in `run_dir`.
 
@@ -51,11 +56,9 @@ class Watchdog:
         self.progress += 1
 
     def start(self) -> None:
-        """Begin to watch. Rank 0 removes what an earlier job left, so it starts before a barrier that the others pass."""
+        """Begin to watch. Before, :func:`clear` has run on one rank, and a barrier on all."""
         if self._thread is not None:
             return
-        if self.rank == 0:
-            shutil.rmtree(self.run_dir / stall.FOLDER, ignore_errors=True)
         self._thread = threading.Thread(target=self._watch, name="nemo-eaft-watchdog", daemon=True)
         self._thread.start()
 

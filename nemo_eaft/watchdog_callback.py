@@ -1,6 +1,6 @@
 """The callback that tells the watchdog of progress.
 
-    trainer.callbacks.append(EndStalled("runs/mine", stall_seconds=900))
+trainer.callbacks.append(EndStalled("runs/mine", stall_seconds=900))
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_eaft.watchdog import Watchdog
+from nemo_eaft.watchdog import Watchdog, clear
 
 
 class EndStalled(Callback):
@@ -30,6 +30,11 @@ class EndStalled(Callback):
         self._watchdog: Watchdog | None = None
         self._step = 0
         self._part = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Long before the first rank watches: between lie collectives of all ranks."""
+        if trainer.is_global_zero:
+            clear(self.run_dir)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch."""
