@@ -30,6 +30,9 @@ class Job:
     run_dir: Path
     log: Path
     started: float
+    """By the monotonic clock."""
+    began: float
+    """The same, by the clock of files."""
 
     def wait(self, timeout: float) -> int:
         """Exit code. Everything that it started is ended if it takes longer."""
@@ -63,6 +66,22 @@ class Job:
         path = self.run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return max((json.loads(line)["step"] for line in lines if '"loss"' in line), default=0)
+
+    def seconds_at_step(self, step: int) -> float:
+        """When the first line of a step was written, in seconds after the start, by the log of torch or NeMo."""
+        path = self.run_dir / "metrics.jsonl"
+        assert path.exists(), step
+        return path.stat().st_mtime - self.began
+
+    def until_gone(self, timeout: float) -> None:
+        """No process of the job is left, after so many seconds at most."""
+        deadline = time.monotonic() + timeout
+        while left := processes_with(str(self.run_dir)):
+            if time.monotonic() > deadline:
+                said = [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in left]
+                self.end()
+                raise AssertionError(f"left behind: {said}")
+            time.sleep(0.2)
 
     def end(self) -> None:
         """End the launcher and whatever has the run's folder among its arguments."""
@@ -120,7 +139,7 @@ def start(settings: Settings, checkpoint: Path, sabotage: Sabotage | None = None
     with log.open("ab") as out:
         started = time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
-    return Job(process, run_dir, log, started)
+    return Job(process, run_dir, log, started, time.time() - time.monotonic() + started)
 
 
 def checkpoints(run_dir: Path) -> list[str]:
@@ -135,7 +154,7 @@ def checkpoints(run_dir: Path) -> list[str]:
 
 def saved_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a distributed checkpoint: weights and optimizer."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint import FileSystemReader  # type: ignore[attr-defined]
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 

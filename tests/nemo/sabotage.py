@@ -87,7 +87,7 @@ def _saboteur(plan: Sabotage) -> Any:
             if plan.place == "collective":
                 _die_in_collective()
                 return
-            chunk = list(trainer.strategy.megatron_parallel)[0]
+            chunk = next(iter(trainer.strategy.megatron_parallel))
             layer = next(module for module in chunk.modules() if type(module).__name__ == "TransformerLayer")
             layer.register_forward_pre_hook(lambda *_: _happen(plan))
 
