@@ -30,9 +30,6 @@ class Job:
     run_dir: Path
     log: Path
     started: float
-    """By the monotonic clock."""
-    began: float
-    """The same, by the clock of files."""
 
     def wait(self, timeout: float) -> int:
         """Exit code. Everything that it started is ended if it takes longer."""
@@ -67,11 +64,9 @@ class Job:
         lines = path.read_text().splitlines() if path.exists() else []
         return max((json.loads(line)["step"] for line in lines if '"loss"' in line), default=0)
 
-    def seconds_at_step(self, step: int) -> float:
-        """When the first line of a step was written, in seconds after the start, by the log of torch or NeMo."""
-        path = self.run_dir / "metrics.jsonl"
-        assert path.exists(), step
-        return path.stat().st_mtime - self.began
+    def seconds_since_mark(self) -> float:
+        """Since the sabotage happened (the last save began, where saves are slow)."""
+        return time.time() - float(self.log.with_suffix(".mark").read_text())
 
     def until_gone(self, timeout: float) -> None:
         """No process of the job is left, after so many seconds at most."""
@@ -130,7 +125,7 @@ def start(settings: Settings, checkpoint: Path, sabotage: Sabotage | None = None
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += [f"--max-restarts={torchrun}", "-m", MODULE, str(conf)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RUN_MARK": str(run_dir)}
-    environment["SABOTAGE_MARK"] = str(run_dir.with_name(run_dir.name + ".saving"))
+    environment["SABOTAGE_MARK"] = str(run_dir.with_name(run_dir.name + ".mark"))
     environment["SABOTAGE_CPU"] = "1"
     environment.pop(NAME, None)
     if sabotage is not None:
@@ -139,7 +134,7 @@ def start(settings: Settings, checkpoint: Path, sabotage: Sabotage | None = None
     with log.open("ab") as out:
         started = time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
-    return Job(process, run_dir, log, started, time.time() - time.monotonic() + started)
+    return Job(process, run_dir, log, started)
 
 
 def checkpoints(run_dir: Path) -> list[str]:

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 NAME = "SABOTAGE"
 
-Place = Literal["start", "forward", "collective", "save", "slow save", "sleep in forward", "stop in forward", "spin"]
+Deadly = Literal["start", "forward", "collective", "save"]
+Place = Literal[Deadly, "slow save", "sleep in forward", "stop in forward", "spin"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,12 @@ def mine() -> Sabotage | None:
     return plan if here and plan.attempt in (None, attempt) else None
 
 
+def mark() -> None:
+    Path(os.environ["SABOTAGE_MARK"]).write_text(str(time.time()))
+
+
 def die() -> None:
+    mark()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -62,7 +68,7 @@ def install(plan: Sabotage) -> None:
         save = MegatronCheckpointIO.save_checkpoint
 
         def slow(*args: Any, **kwargs: Any) -> Any:
-            Path(os.environ["SABOTAGE_MARK"]).write_text(str(time.time()))
+            mark()
             time.sleep(plan.delay)
             return save(*args, **kwargs)
 
@@ -99,6 +105,7 @@ def _saboteur(plan: Sabotage) -> Any:
 
 
 def _happen(plan: Sabotage) -> None:
+    mark()
     if plan.place == "forward":
         die()
     elif plan.place == "stop in forward":

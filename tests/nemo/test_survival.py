@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 
 from nemo_eaft import launch
 from nemo_eaft.settings import Settings
+from nemo_eaft.stop import EXIT_STOPPED, REQUEST, read_stopped, request
 from tests.nemo.conftest import Workshop
-from tests.nemo.launched import Job, assert_same_checkpoint, checkpoints, processes_with, saved_tensors, start
-from tests.nemo.sabotage import Sabotage
+from tests.nemo.launched import assert_same_checkpoint, checkpoints, saved_tensors, start
+from tests.nemo.sabotage import Place, Sabotage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -55,10 +57,6 @@ def same_checkpoint(run_dir: Path, undisturbed: Path, step: int) -> None:
     assert_same_checkpoint(run_dir / name, undisturbed / name)
 
 
-def nothing_left(job: Job) -> bool:
-    return processes_with(str(job.run_dir)) == []
-
-
 def test_a_killed_rank_is_named_first(workshop: Workshop, undisturbed: Path) -> None:
     """`kill -9` in the forward pass of step 5: its peer fails with a closed connection, and is not blamed."""
     settings = make_settings(workshop, "survival-killed")
@@ -66,14 +64,14 @@ def test_a_killed_rank_is_named_first(workshop: Workshop, undisturbed: Path) -> 
     assert job.wait(240) == 1
     assert "nemo-eaft: rank 1 (pid " in job.last_line()
     assert "was killed by SIGKILL" in job.last_line()
-    error = json.loads((job.run_dir / launch.ERROR).read_text())
-    assert error["rank"] == 0
-    assert f"nemo-eaft: rank 0, then: {error['message']}" in job.output()
+    # torch's own limit for a collective is half an hour.
+    assert job.seconds_since_mark() < 45
+    if (job.run_dir / launch.ERROR).exists():  # its peer may have had the time for one before it was ended
+        assert json.loads((job.run_dir / launch.ERROR).read_text())["rank"] == 0
     assert checkpoints(job.run_dir) == [f"step={SAVED - 1}"]
     same_checkpoint(job.run_dir, undisturbed, SAVED)
-    job_ends = job.seconds()
+    # Megatron's checkpoint writer included, which knows of the death only by looking.
     job.until_gone(10)
-    print(f"killed rank: whole job {job_ends:.1f} s, {job_ends - job.seconds_at_step(4):.1f} s after step 4")
 
 
 def test_torchrun_starts_the_ranks_again_and_the_weights_are_the_same(workshop: Workshop, undisturbed: Path) -> None:
@@ -87,3 +85,56 @@ def test_torchrun_starts_the_ranks_again_and_the_weights_are_the_same(workshop: 
     # A wrong variant: the checkpoint before is another one.
     first, last = (saved_tensors(job.run_dir / "checkpoints" / f"step={step - 1}") for step in (SAVED, STEPS))
     assert any((first[name] != last[name]).any() for name in first)
+
+
+def test_a_stop_saves_even_if_that_takes_longer_than_torchrun_waits(workshop: Workshop, undisturbed: Path) -> None:
+    """Asked for by file, before step 1 is done; the save takes a minute longer, which no SIGTERM would have allowed it."""
+    settings = make_settings(workshop, "survival-stopped")
+    job = start(settings, workshop.nemo("llama"), Sabotage("slow save", delay=60.0))
+    # The ranks start: what the launcher found there is gone by now.
+    job.until(lambda: "CPU backend on" in job.output())
+    request(job.run_dir, "by the test")
+    assert job.wait(300) == EXIT_STOPPED
+    note = read_stopped(job.run_dir)
+    assert note is not None
+    assert note.step == 1
+    assert note.reason == "file stop: by the test"
+    assert job.seconds_since_mark() > 60
+    assert checkpoints(job.run_dir) == [f"step={note.step - 1}"] == [Path(note.checkpoint or "").name]
+    assert not (job.run_dir / REQUEST).exists()
+    assert f"stopped on request (file stop: by the test) after step {note.step}" in job.last_line()
+
+    # The same command goes on. A request from before is removed, and is not what ends it.
+    (job.run_dir / REQUEST).write_text("stale")
+    job = start(settings, workshop.nemo("llama"))
+    job.until((job.run_dir / "ready.json").exists)
+    assert job.wait(240) == 0
+    assert "it asked for a stop before this run was started" in job.output()
+    assert read_stopped(job.run_dir) is None
+    assert checkpoints(job.run_dir)[-1] == f"step={STEPS - 1}"
+    same_checkpoint(job.run_dir, undisturbed, STEPS)
+
+
+@pytest.mark.parametrize(
+    "place, told",
+    [
+        (
+            "sleep in forward",
+            r"rank 1 is stuck: no progress for \d+ s after the forward of step 5, micro-batch 1; it is in",
+        ),
+        ("stop in forward", r"rank 1 does not answer: its process is stopped, or its machine is gone"),
+    ],
+)
+def test_a_stalled_rank_is_named_with_its_stack(workshop: Workshop, undisturbed: Path, place: Place, told: str) -> None:
+    settings = make_settings(workshop, f"survival-{place}", stall_seconds=10)
+    job = start(settings, workshop.nemo("llama"), Sabotage(place, step=5, rank=1))
+    assert job.wait(240) == 1
+    assert re.search(told, job.last_line()), job.last_line()
+    error = json.loads((job.run_dir / launch.ERROR).read_text())
+    assert (error["rank"], error["kind"]) == (1, "stall")
+    assert "rank 0: the forward of step 5, micro-batch 1, waits in" in error["traceback"]
+    assert ("in forever" in error["traceback"]) == (place == "sleep in forward")
+    # Ten seconds to notice, five to hear the others, thirty until torchrun kills what does not end.
+    assert job.seconds_since_mark() < 10 + 5 + 30 + 15
+    same_checkpoint(job.run_dir, undisturbed, SAVED)
+    job.until_gone(10)
