@@ -59,6 +59,7 @@ class Watchdog:
         """Begin to watch. Before, :func:`clear` has run on one rank, and a barrier on all."""
         if self._thread is not None:
             return
+        self._dump_later()
         self._thread = threading.Thread(target=self._watch, name="nemo-eaft-watchdog", daemon=True)
         self._thread.start()
 

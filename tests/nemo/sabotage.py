@@ -30,7 +30,7 @@ class Sabotage:
     takes `delay` seconds longer, with its `-unfinished` mark there. `sleep in forward`: never comes back from it.
     `stop in forward`: SIGSTOP to itself. `spin`: holds the interpreter's lock for ever."""
     step: int = 0
-    """Of the run, from 1."""
+    """Of the run, from 1; or the first one that is done after it."""
     rank: int = 0
     attempt: int | None = None
     delay: float = 0.0
@@ -87,9 +87,12 @@ def _saboteur(plan: Sabotage) -> Any:
     from lightning.pytorch import Callback
 
     class Saboteur(Callback):
+        done = False
+
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            if trainer.global_step + 1 != plan.step or plan.place == "save":
+            if self.done or trainer.global_step + 1 < plan.step or plan.place == "save":
                 return
+            self.done = True
             if plan.place == "collective":
                 _die_in_collective()
                 return

@@ -88,7 +88,7 @@ def test_torchrun_starts_the_ranks_again_and_the_weights_are_the_same(workshop: 
 
 
 def test_a_stop_saves_even_if_that_takes_longer_than_torchrun_waits(workshop: Workshop, undisturbed: Path) -> None:
-    """Asked for by file, before step 1 is done; the save takes a minute longer, which no SIGTERM would have allowed it."""
+    """Asked for by file before step 1 is done; the save takes a minute longer, for which SIGTERM leaves no time."""
     settings = make_settings(workshop, "survival-stopped")
     job = start(settings, workshop.nemo("llama"), Sabotage("slow save", delay=60.0))
     # The ranks start: what the launcher found there is gone by now.

@@ -49,7 +49,8 @@ def plans(kills: int, steps: int, ranks: int, seed: int, start_up: float) -> lis
     chosen = random.Random(seed)
     places = [place for _ in range(-(-kills // 4)) for place in get_args(Deadly)][:kills]
     chosen.shuffle(places)
-    moments = sorted(chosen.sample(range(2, steps), kills))
+    # Not so late that the run would be over before a kill in the next save.
+    moments = sorted(chosen.sample(range(2, max(2 + kills, steps * 9 // 10)), kills))
     return [
         Sabotage(
             place,
