@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops import _TrainingEpochLoop
 from nemo.utils import logging
 
 from nemo_eaft import stop
@@ -51,8 +52,9 @@ class StopOnRequest(Callback):
             logging.warning("EAFT: this run keeps no checkpoints, so what it has trained is lost")
         loop = trainer.fit_loop
         assert loop._data_fetcher is not None, "a step was done without a data fetcher"
-        # Asked before should_stop is set, which would make the answer yes.
-        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        # Asked before should_stop is set, which would make the answer yes; and Lightning's own loop, for NeMo's says no
+        # in the first step after a resume, until it has ended.
+        if not _TrainingEpochLoop._should_check_val_fx(loop.epoch_loop, loop._data_fetcher):
             trainer.limit_val_batches = 0
         trainer.should_stop = True
 
