@@ -44,7 +44,7 @@ class StopOnRequest(Callback):
         if trainer.global_step >= trainer.max_steps > 0 or self._stopped is not None:
             return
         self._reason = stop.asked(self.run_dir, look=trainer.is_global_zero)
-        if not any_rank(self._reason is not None, pl_module.device):
+        if not any_rank(self._reason is not None, trainer.strategy.root_device):
             return
         logging.info(f"EAFT: a stop was asked for: saving step {trainer.global_step}, then the run ends")
         self._stopped = trainer.global_step, stop.save_now(trainer)

@@ -94,7 +94,7 @@ def test_a_run_killed_twice_ends_as_if_nothing_had_been(
     shutil.copytree(undisturbed, tmp_path / "other", symlinks=True)
     metrics = tmp_path / "other" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"step": 4,', '"step": 5,'))
-    with pytest.raises(AssertionError, match="metrics.jsonl differs"):
+    with pytest.raises(AssertionError, match=r"metrics\.jsonl differs"):
         compare(killed.run_dir, tmp_path / "other")
 
 
