@@ -22,7 +22,7 @@ from nemo_eaft.atomic import replacing
 FOLDER = "stall"
 """Folder in `run.dir` of the answers."""
 
-_LIBRARIES = ("/megatron/", "/nemo/", "/torch/")
+_LIBRARIES = ("/megatron/core/", "/nemo/lightning/", "/nemo/collections/", "/torch/")
 
 
 @dataclass(frozen=True)

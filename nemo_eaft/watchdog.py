@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -64,12 +65,18 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Watch no longer, and leave nothing in the folder."""
         self._end.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self._end.clear()
+        if self._dump is not None:
+            self._dump.close()
+            self._dump = None
+            with suppress(OSError):  # the last rank removes the folder
+                (self.run_dir / stall.FOLDER / f"rank-{self.rank}.txt").unlink()
+                (self.run_dir / stall.FOLDER).rmdir()
 
     def _watch(self) -> None:
         seen, still = self.progress, 0.0

@@ -175,6 +175,7 @@ def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
     time.sleep(3.5)
     process.send_signal(signal.SIGCONT)
     assert [(code, out) for code, out, _ in ended(processes)] == [(0, "done\n")]
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_rank_that_holds_the_interpreters_lock_leaves_its_stack(tmp_path: Path) -> None:

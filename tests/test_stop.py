@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_eaft import stop
+from nemo_eaft import cli, stop
 from nemo_eaft.settings import RunSettings
 
 
@@ -78,3 +78,14 @@ def test_settings(key: str) -> None:
         RunSettings(dir="r", **{key: -1})  # type: ignore[arg-type]
     assert (RunSettings(dir="r").max_restarts, RunSettings(dir="r").stall_seconds) == (0, 900)
     assert RunSettings(dir="r", stall_seconds=None).stall_seconds is None
+
+
+def test_it_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"exit code {stop.EXIT_STOPPED}" in told
+    assert f"run.dir/{stop.STOPPED}" in told
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"{stop.EXIT_STOPPED} stopped on request" in readme
+    assert f"`{stop.STOPPED}`" in readme
