@@ -62,7 +62,7 @@ def test_a_signal_to_one_rank_stops_all(workshop: Workshop, undisturbed: Path, s
 
 def test_a_request_in_the_last_step_stops_nothing(workshop: Workshop, undisturbed: Path) -> None:
     """The run is finished then, and leaves neither a note nor the request."""
-    asked = plan(workshop, "stop-at-last")
+    asked = plan(workshop, "stop-at-the-end")
     run_dir = Path(asked.settings.run.dir)
     seen = run_ranks(stopping.train, 2, asked, STEPS, 0)
     assert [one.saves for one in seen] == [2, 2]
