@@ -165,6 +165,23 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_torchrun_shows_the_traceback_and_the_killed_rank_as_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that fails within the second in which the agent sees the killed one is dated after it."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    path = tmp_path / "torchrun.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    write_error(tmp_path, 0, caught(lambda: 1 / 0))
+    peer = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(path))
+    assert isinstance(peer.message, dict)
+    assert peer.message["message"] == "ZeroDivisionError: division by zero"
+    assert "1 / 0" in peer.message["extraInfo"]["py_callstack"]
+    killed = ProcessFailure(local_rank=1, pid=2, exitcode=-9, error_file=str(tmp_path / "none"))
+    assert ChildFailedError("train", {0: peer, 1: killed}).get_first_failure()[0] == 1
+
+
 def test_an_error_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     write_error(tmp_path / "file", 0, caught(lambda: 1 / 0))
