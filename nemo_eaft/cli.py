@@ -1,11 +1,13 @@
 """``nemo-eaft import | train | export``.
 
-Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 1 anything else.
+Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 75 a training was stopped on request and
+goes on with the same command, 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,6 +15,11 @@ from pathlib import Path
 from typing import TextIO
 
 _ALLOW = "--allow-config-change"
+_STOPPING = (
+    "A file `stop` in run.dir, or SIGTERM or SIGUSR1 to the launcher, asks the run to stop: at the next step it saves "
+    "a checkpoint and ends with exit code 75 (ranks of a torchrun of your own: 0), and run.dir/stopped.json says "
+    "where. A second signal ends it at once. Other exit codes: 0 done, 2 wrong input, 1 anything else."
+)
 _OVERRIDES = "group.key=value or group=file, for example trainer.max_steps=5 or loss=sft"
 
 
@@ -46,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "train; started alone it starts its own ranks, under torchrun or srun it is one"),
     ):
         command = add(name, run, help)
+        if name == "train":
+            command.epilog = _STOPPING
         if name == "import":
             command.add_argument(
                 "--data", action="store_true", help="also read and check the rows, and write them to run.dir"
@@ -114,8 +123,9 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from nemo_eaft import stop
     from nemo_eaft.compose import compose
-    from nemo_eaft.launch import check_world, launched, run_local, write_error
+    from nemo_eaft.launch import check_world, launched, run_local, tell_torchrun, write_error
     from nemo_eaft.ready import check_run_dir, make_ready, wait_ready
 
     settings = compose(arguments.conf, arguments.overrides)
@@ -127,10 +137,19 @@ def _train(arguments: argparse.Namespace) -> int:
             return 0
         return run_local(settings, [*([_ALLOW] if allow else []), arguments.conf, *arguments.overrides])
     rank, ranks = place
-    # Before write_error can act: until these pass, run.dir may be another run's.
-    check_world(settings, ranks)
-    check_run_dir(settings, allow)
+    stop.listen()
+    # As torchrun's own `record` does: a rank that a fault of memory ends prints where it was.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
     try:
+        # Before write_error can act: until these pass, run.dir may be another run's.
+        check_world(settings, ranks)
+        check_run_dir(settings, allow)
+    except ValueError as error:
+        tell_torchrun(error)
+        raise
+    try:
+        if rank == 0:
+            stop.clear(Path(settings.run.dir))
         # Rank 0 decides where the run goes on: another rank might look a moment later, or at an older state.
         ready = make_ready(settings, allow) if rank == 0 else wait_ready(settings)
         if ready.finished:

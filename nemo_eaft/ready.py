@@ -39,6 +39,8 @@ MAY_DIFFER = (
     "run.resume",
     "run.name",
     "run.wandb_project",
+    "run.max_restarts",
+    "run.stall_seconds",
     "trainer.log_every",
     "trainer.keep_checkpoints",
     "data.num_workers",

@@ -277,12 +277,21 @@ class RunSettings:
     """Name shown in TensorBoard and W&B. null: the last part of ``run.dir``."""
     wandb_project: str | None = None
     """Project in Weights & Biases; null: do not use it."""
+    max_restarts: int = 0
+    """How often ``nemo-eaft train`` starts all ranks again after one has failed, each time from the newest checkpoint.
+    Under a ``torchrun`` of your own its ``--max-restarts`` counts."""
+    stall_seconds: int | None = 900
+    """When a rank has done nothing for so long, the job ends and the stuck rank and its stack are named. More than
+    the longest micro-batch or save, and less than the time after which the backend itself ends a collective, usually
+    1800 s. 0 or null: never."""
 
     def __post_init__(self) -> None:
         for key in ("dir", "name", "wandb_project"):
             value = getattr(self, key)
             if value is not None and not value.strip():
                 raise ValueError(f"run.{key} is empty")
+        _at_least("run.max_restarts", self.max_restarts, 0)
+        _at_least("run.stall_seconds", self.stall_seconds, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

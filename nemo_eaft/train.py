@@ -47,8 +47,13 @@ def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None)
 
     from nemo_eaft.logits_memory import choose_fused_linear
     from nemo_eaft.nemo import EAFTCallback, true_vocab_size
+    from nemo_eaft.restart import store_of_this_attempt
     from nemo_eaft.resume import KeepDataOrder, KeepSchedule, RepeatValidation, SameStart
+    from nemo_eaft.stop_callback import StopOnRequest
+    from nemo_eaft.watchdog_callback import EndStalled
+    from nemo_eaft.writer import end_writer_with_rank
 
+    end_writer_with_rank()
     run_dir = Path(settings.run.dir)
     model = build_model(settings, checkpoint)
     vocab_size = imported_vocab_size(checkpoint) or true_vocab_size(model)
@@ -56,6 +61,7 @@ def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None)
     if why is not None:
         logging.info(f"EAFT: {why}")
     trainer = build_trainer(settings)
+    trainer.strategy.store = store_of_this_attempt()
     trainer.callbacks += [SameStart(resume_from), KeepDataOrder(), KeepSchedule()]
     trainer.callbacks.append(
         EAFTCallback(
@@ -70,6 +76,10 @@ def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None)
         )
     )
     trainer.callbacks.append(RepeatValidation(run_dir / "metrics.jsonl"))
+    if settings.run.stall_seconds:
+        trainer.callbacks.append(EndStalled(run_dir, settings.run.stall_seconds))
+    # After what records the step: it saves.
+    trainer.callbacks.append(StopOnRequest(run_dir))
     llm.finetune(
         model=model,
         data=build_module(settings, run_dir / "data", model.tokenizer),

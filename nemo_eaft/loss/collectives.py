@@ -79,6 +79,12 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is true on any rank of the job: one all-reduce MAX of one int32 over all ranks, none with one
+    rank. Every rank gets the same answer, so a branch on it is the same everywhere."""
+    return bool(any_over_world(torch.tensor([int(flag)], dtype=torch.int32, device=device)).item())
+
+
 def group_size(group: ProcessGroup | None) -> int:
     """How many ranks ``group`` has; 1 for None. Sends nothing.
 
