@@ -11,6 +11,7 @@ from nemo_eaft import EAFTConfig, TokenLoss, eaft_linear_loss, eaft_loss
 from tests.harness import run_ranks
 from tests.loss.formulas import expected, pad, shard
 from tests.loss.parallel import bits_equal
+from tests.loss.test_context_parallel import CASES, Step, assert_uncut, batch, logits_step
 from tests.loss.test_invariants import batches
 
 
@@ -57,19 +58,18 @@ def two_ranks(rank: int) -> tuple[Any, Any]:
     return tensor_parallel(rank), data_parallel(rank)
 
 
-def four_ranks(rank: int) -> tuple[Any, Any]:
-    return tensor_parallel(rank), two_groups(rank)
+def four_ranks(rank: int) -> tuple[Any, Any, Any]:
+    return tensor_parallel(rank), two_groups(rank), context_parallel(rank)
 
 
-Runs = dict[int, tuple[list[Any], list[Any]]]
+Runs = dict[int, tuple[list[Any], ...]]
 
 
 @pytest.fixture(scope="module")
 def runs() -> Runs:
-    """By world size, the results of both functions, a list over ranks each: one start-up for several
-    tests."""
-    both = {2: run_ranks(two_ranks, 2, timeout=120), 4: run_ranks(four_ranks, 4, timeout=120)}
-    return {size: ([first for first, _ in ranks], [second for _, second in ranks]) for size, ranks in both.items()}
+    """By world size, the results of each function, a list over ranks: one start-up for several tests."""
+    results = {2: run_ranks(two_ranks, 2, timeout=120), 4: run_ranks(four_ranks, 4, timeout=120)}
+    return {size: tuple(list(each) for each in zip(*ranks, strict=True)) for size, ranks in results.items()}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -161,3 +161,14 @@ def test_the_group_is_the_one_that_is_given(runs: Runs) -> None:
         logits, labels = pair_batch(rank // 2)
         want = expected(logits, labels, EAFTConfig(), 37)
         torch.testing.assert_close(loss.double(), want.loss, rtol=1.3e-6, atol=1e-5)
+
+
+def context_parallel(rank: int) -> dict[str, Step]:
+    """CP2 x TP2, with unequal counts and with nothing to count on the second half of the ranks."""
+    return {case: logits_step(rank, batch(case, 2), EAFTConfig(), 2, 2) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_context_parallel_over_gloo(case: str, runs: Runs) -> None:
+    steps = [result[case] for result in runs[4][2]]
+    assert_uncut(steps, batch(case, 2), EAFTConfig(), 2, 2)
