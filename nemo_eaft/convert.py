@@ -104,8 +104,8 @@ def _nemo_fields(hf_config: Any) -> dict[str, Any]:
     """Fields of NeMo's configuration that its importers leave at a default of their own (2.7.3).
 
     Qwen3's takes 128 for the size of a head; Qwen2's and Mistral's untie the embedding from the output layer, which a
-    model trained that way loses on its way back; Mistral's takes the vocabulary size from the tokenizer; that of Qwen3's
-    mixtures of experts has 128 experts, of which 8 are chosen.
+    model trained that way loses on its way back; Mistral's takes the vocabulary size from the tokenizer; that of
+    Qwen3's mixtures of experts has 128 experts, of which 8 are chosen.
 
     Raises:
         ValueError: layers without experts among those with them, which NeMo's Qwen3 has not.

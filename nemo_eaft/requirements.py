@@ -141,9 +141,9 @@ def check_chunk(chunk: Any) -> None:
         and not any(parameter.requires_grad for parameter in embedding.parameters())
     ):
         raise RuntimeError(
-            "recompute_granularity='full' with a frozen embedding (LoRA): recomputed layers whose input has no gradient "
-            "get none themselves (megatron-core 0.15.3, tensor_parallel/random.py, CheckpointFunction), so the adapters "
-            "would not be trained. Allowed: recompute_granularity=None or 'selective'"
+            "recompute_granularity='full' with a frozen embedding (LoRA): a recomputed layer whose input has no "
+            "gradient gets none itself (megatron-core 0.15.3, tensor_parallel/random.py, CheckpointFunction), so the "
+            "adapters would not be trained. Allowed: recompute_granularity=None or 'selective'"
         )
     # Two stages, interleaved: batched sends of both directions go to one rank and are matched in the wrong order.
     # Megatron-LM's arguments.py refuses it; NeMo 2.7.3 trains on swapped activations (the first loss was 2 % off).

@@ -113,8 +113,9 @@ class LossSettings:
     fused_linear: bool | Literal["auto"] = "auto"
     """Compute output layer and loss together, without holding the logits of all tokens, for one matrix product of the
     output layer more, or, with one tensor-parallel rank and no virtual pipeline, for its weight's gradient held in
-    float32 from forward to backward. ``auto``: where the logits of one micro-batch and their gradient would take more than a tenth
-    of the memory of a rank (:mod:`nemo_eaft.logits_memory`). Not for LoRA on the output layer, nor for ``stock``."""
+    float32 from forward to backward. ``auto``: where the logits of one micro-batch and their gradient would take more
+    than a tenth of the memory of a rank (:mod:`nemo_eaft.logits_memory`). Not for LoRA on the output layer, nor for
+    ``stock``."""
     check_replicas: int = 0
     """Every so many steps, beginning with the first, compare the rows that the ranks of one copy of the model were
     given (:mod:`nemo_eaft.replicas`); 0: never."""

@@ -123,7 +123,7 @@ def patches() -> list[Patch]:
             owner=moe_utils,
             name="te_general_gemm",
             value=None,
-            reason="asked for without Transformer Engine, where its import is skipped (transformer/moe/moe_utils.py:958)",
+            reason="is asked for where Transformer Engine was not imported, too (transformer/moe/moe_utils.py:958)",
             adds=True,
         ),
         Patch(

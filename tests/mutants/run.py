@@ -16,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hypothesis  # noqa: F401
 import pytest
 import torch
-import torch.testing._internal.distributed.multi_threaded_pg  # noqa: F401
+import torch.testing._internal.distributed.multi_threaded_pg
 
 from tests.mutants.mutant import install, load, names
 

@@ -15,7 +15,10 @@ RANK = 4
 
 
 def lora() -> Any:
-    """NeMo's LoRA on all linear layers, however they are split. Adapters of one shape start alike, and none at zero, so that all of them move."""
+    """NeMo's LoRA on all linear layers, however they are split.
+
+    Adapters of one shape start alike, and none at zero, so that all of them move.
+    """
     from nemo.collections.llm.peft.lora import LoRA
     from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 

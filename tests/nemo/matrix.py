@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 Kind = Literal["dense", "moe", "mtp", "lora"]
@@ -35,7 +35,7 @@ class Row:
     """One way to train, and what is trained."""
 
     kind: Kind = "dense"
-    """`moe`: four experts, two chosen. `mtp`: one multi-token-prediction head. `lora`: adapters on all linear layers."""
+    """`moe`: four experts, two chosen. `mtp`: a multi-token-prediction head, too. `lora`: adapters on linear layers."""
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1
