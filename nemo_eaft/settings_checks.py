@@ -51,8 +51,8 @@ def check_together(settings: Settings) -> None:
         )
     if settings.run.backend == "cpu" and parallel.expert > 1 and parallel.tensor > 1:
         raise ValueError(
-            f"parallel.expert={parallel.expert} with parallel.tensor={parallel.tensor} and run.backend=cpu: Megatron-Core"
-            f" gathers pieces of different sizes then, which gloo cannot; allowed is 1 for either"
+            f"parallel.expert={parallel.expert} with parallel.tensor={parallel.tensor} and run.backend=cpu: "
+            f"Megatron-Core gathers pieces of different sizes then, which gloo cannot; allowed is 1 for either"
         )
     # NeMo pads a batch to a multiple of 16 but never beyond seq_length, so a batch may be exactly seq_length long.
     unit = settings.sequence_unit

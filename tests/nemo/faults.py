@@ -104,19 +104,25 @@ def train(plan: jobs.Plan, fault: Fault) -> Outcome:
         return compare(batches, count)
 
     replicas.digests = counted
-    once = linear.LinearLossOnce.apply
+    module: Any = linear
+    once = module.LinearLossOnce.apply
 
     def early(*args: Any) -> Any:
         outcome.early += 1
         return once(*args)
 
-    linear.LinearLossOnce = types.SimpleNamespace(apply=early)
+    module.LinearLossOnce = types.SimpleNamespace(apply=early)
     warn = logging.warning
-    logging.warning = lambda message, *args, **kwargs: (outcome.warnings.append(str(message)), warn(message))[1]
+
+    def heard(message: Any, *args: Any, **kwargs: Any) -> None:
+        outcome.warnings.append(str(message))
+        warn(message)
+
+    logging.warning = heard
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            nemo_eaft.train.run_training(plan.settings, plan.checkpoint)
+            nemo_eaft.train.run_training(plan.settings, plan.checkpoint, None)
         except Exception as error:
             recorder.seen.error = f"{type(error).__name__}: {error}"
     outcome.warnings += [str(warning.message) for warning in said]
@@ -176,6 +182,7 @@ class _Inject(Callback):
             if self._validations <= self._fault.masked_validations:
                 mask.zero_()
             return
+        assert labels is not None
         answers = [tuple(row[counted != 0].tolist()) for row, counted in zip(labels, mask, strict=True)]
         for row, answer in enumerate(answers):
             for poison in self._fault.poison:
@@ -224,7 +231,8 @@ def _with_other_rows(fault: Fault) -> None:
     if fault.other_rows is None:
         return
     step, rank = fault.other_rows
-    build = nemo_eaft.train.build_module
+    train: Any = nemo_eaft.train
+    build = train.build_module
 
     def built(settings: Settings, root: Path, tokenizer: Any) -> Any:
         module = build(settings, root, tokenizer)
@@ -239,7 +247,7 @@ def _with_other_rows(fault: Fault) -> None:
         module._create_dataloader = dataloader
         return module
 
-    nemo_eaft.train.build_module = built
+    train.build_module = built
 
 
 def _with_monitor() -> None:

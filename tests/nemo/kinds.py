@@ -64,7 +64,7 @@ def with_prediction_head(checkpoint: Path, output: Path) -> None:
     connector = type(model).importer(f"hf://{checkpoint}")
     trainer = connector.nemo_setup(model)
     with torch.no_grad():
-        core = unwrap(model)
+        core: Any = unwrap(model)
         torch.manual_seed(11)
         # A converter's model is not initialised: all weights are to come from elsewhere. These are as sharp as the
         # other models of these tests.

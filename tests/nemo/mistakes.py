@@ -23,7 +23,12 @@ def run(spec: jobs.Script, mistake: str) -> tuple[jobs.Recorded, list[str]]:
 
     said: list[str] = []
     warn = logging.warning
-    logging.warning = lambda message, *args, **kwargs: (said.append(str(message)), warn(message))[1]
+
+    def heard(message: Any, *args: Any, **kwargs: Any) -> None:
+        said.append(str(message))
+        warn(message)
+
+    logging.warning = heard
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         seen = jobs.script(MISTAKES[mistake](spec))
@@ -140,9 +145,9 @@ class _Change(Callback):
 class LoRALinear(torch.nn.Module):
     """As NeMo's adapter, which needs Transformer Engine: a layer in the place of another that it holds."""
 
-    def __init__(self, to_wrap: torch.nn.Module) -> None:
+    def __init__(self, to_wrap: Any) -> None:
         super().__init__()
-        self.to_wrap = to_wrap
+        self.to_wrap: Any = to_wrap
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.to_wrap.sharded_state_dict(*args, **kwargs)
