@@ -1,28 +1,46 @@
-"""Megatron's checkpoint writer has a process of its own, which must not outlive its rank."""
+"""Megatron's checkpoint writer has processes of its own, which must not outlive their rank."""
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from typing import Any
 
 
 def end_writer_with_rank() -> None:
-    """Let the process behind Megatron's queue of write results end when this process does, however that happens.
+    """Let the processes of Megatron's checkpoint writer end when this process does, however that happens.
 
-    megatron-core 0.15.3, dist_checkpointing/strategies/filesystem_async.py, ``_get_write_results_queue``: the first
+    megatron-core 0.15.3, dist_checkpointing/strategies/filesystem_async.py. ``_get_write_results_queue``: the first
     save starts ``multiprocessing.Manager()``, a server of some 200 MB. It is ended by ``atexit``, which a rank that is
     killed or leaves by ``os._exit`` never reaches, and it then waits for ever. Ours is the same queue of the same kind
-    of server, which looks every second whether its parent is still there. A version without that function is left
-    alone: it has another writer.
+    of server, which looks every second whether its parent is still there. ``write_preloaded_data``: every save forks
+    a process for each file, which, done, waits for a queue that nobody empties any more. A version without these
+    functions is left alone: it has another writer.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if hasattr(filesystem_async, "_get_write_results_queue"):
         filesystem_async._get_write_results_queue = _write_results_queue
+    writer: Any = filesystem_async.FileSystemWriterAsync
+    write = getattr(writer, "write_preloaded_data", None)
+    if write is not None and not hasattr(write, "__wrapped__"):
+        writer.write_preloaded_data = staticmethod(ending_with_parent(write))
+
+
+def ending_with_parent(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` for a process of its own, which then ends when the process that started it does."""
+
+    @functools.wraps(run)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        _end_with(os.getppid())
+        return run(*args, **kwargs)
+
+    return wrapped
 
 
 _started: tuple[SyncManager, Any] | None = None

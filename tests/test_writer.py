@@ -1,4 +1,4 @@
-"""The process behind Megatron's queue of write results ends with its rank."""
+"""The processes of Megatron's checkpoint writer end with their rank."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ CODE = """
             from nemo_eaft import writer
             queue = writer._write_results_queue()
             assert writer._write_results_queue() is queue
+        elif "file" in sys.argv[1]:
+            import time
+            from nemo_eaft.writer import ending_with_parent
+            run = ending_with_parent(time.sleep) if sys.argv[1] == "our file" else time.sleep
+            child = multiprocessing.get_context("fork").Process(target=run, args=(60,))
+            child.start()
+            print(child.pid, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
         else:  # as Megatron does it
             manager = multiprocessing.get_context("spawn").Manager()
             queue = manager.Queue()
@@ -31,8 +39,10 @@ CODE = """
 """
 
 
-@pytest.mark.parametrize("whose, ends", [("ours", True), ("Megatron's", False)])
-def test_the_server_of_a_killed_rank(tmp_path: Path, whose: str, ends: bool) -> None:
+@pytest.mark.parametrize(
+    "whose, ends", [("ours", True), ("Megatron's", False), ("our file", True), ("Megatron's file", False)]
+)
+def test_what_is_left_of_a_killed_rank(tmp_path: Path, whose: str, ends: bool) -> None:
     (tmp_path / "rank.py").write_text(textwrap.dedent(CODE))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     # Into a file: the server holds the other end of a pipe open.
