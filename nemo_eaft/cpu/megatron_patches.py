@@ -99,7 +99,7 @@ def patches() -> list[Patch]:
             name="forward",
             value=over_whole_sequence(with_packed_sequences(DotProductAttention.forward)),
             reason="packed sequences and context parallelism are left to Transformer Engine "
-            "(transformer/dot_product_attention.py:58 and 143)",
+            "(transformer/dot_product_attention.py:143)",
         ),
         Patch(
             owner=DotProductAttention,
@@ -111,7 +111,7 @@ def patches() -> list[Patch]:
             owner=gpt_layer_specs,
             name="get_gpt_layer_local_spec",
             value=with_own_norm(gpt_layer_specs.get_gpt_layer_local_spec),
-            reason="names the norm before experts as if it were fused with them (models/gpt/gpt_layer_specs.py:308)",
+            reason="names the norm before experts as if it were fused with them (models/gpt/gpt_layer_specs.py:306)",
         ),
         Patch(
             owner=MoEAlltoAllTokenDispatcher,

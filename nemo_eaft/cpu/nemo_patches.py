@@ -89,7 +89,7 @@ def patches() -> list[Patch]:
             name="te",
             value=_NoTransformerEngine,
             reason="asks every layer whether it is Transformer Engine's Linear, also where that is not installed "
-            "(collections/llm/peft/lora.py:664)",
+            "(collections/llm/peft/lora.py:703)",
         ),
         Patch(
             owner=lora_utils,
