@@ -65,7 +65,8 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
 
     Raises:
         ValueError: no rows, rows that cannot be used (the first ten by file and line, and how many),
-            a tokenizer that cannot be used, or fewer validation rows than one global batch.
+            a tokenizer that cannot be used, fewer validation rows than one global batch, or a file that changed
+            meanwhile.
     """
     sources = _sources(settings)
     for source in sources.values():
@@ -95,6 +96,9 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
             counts |= {f"{part}_{name}": value for name, value in part_counts.items()}
         prepared = PreparedData(kind=kind, packed=settings.data.packed, **counts)
         _check_validation(settings, prepared)
+        for part, source in sources.items():
+            if source.identity() != identity["sources"][part]:
+                raise ValueError(f"{source.key}={source.name} changed while it was read; start again when it is whole")
         _forget(root)
     with replacing(root / "prepared.json") as temporary:
         temporary.write_text(json.dumps({"identity": identity, "prepared": asdict(prepared)}, indent=1))
