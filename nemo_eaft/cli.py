@@ -26,9 +26,35 @@ _OVERRIDES = "group.key=value or group=file, for example trainer.max_steps=5 or 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit code."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:
+        parser.error(_not_an_option(rest))
     command: Callable[[argparse.Namespace], int] = arguments.run
     return _guarded(lambda: command(arguments))
+
+
+def _not_an_option(rest: list[str]) -> str:
+    from nemo_eaft.settings import known_keys
+
+    option = rest[0].partition("=")[0]
+    name = option.lstrip("-").replace("-", "_")
+    keys = [key for key in known_keys() if name in (key, key.partition(".")[2], key.replace(".", "_"))]
+    hint = f"; a setting is given as {keys[0]}=VALUE" if keys else "; settings are given as group.key=VALUE"
+    return f"unrecognized argument {option}{hint}"
+
+
+class _Version(argparse.Action):
+    """Prints what is installed, without importing it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        for name in ("nemo-eaft", "nemo-toolkit", "megatron-core", "torch", "transformer-engine", "triton"):
+            try:
+                print(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                print(f"{name} not installed")
+        parser.exit()
 
 
 def run_rank(argv: list[str]) -> int:
@@ -41,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nemo-eaft", description="Entropy-Adaptive Fine-Tuning with NeMo and Megatron-Core."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="what is installed, and leave")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
@@ -134,8 +161,12 @@ def _train(arguments: argparse.Namespace) -> int:
     if place is None:
         if make_ready(settings, allow).finished:
             print(f"run.dir={settings.run.dir}: finished, all {settings.trainer.max_steps} steps are done")
+            _say_where(Path(settings.run.dir))
             return 0
-        return run_local(settings, [*([_ALLOW] if allow else []), arguments.conf, *arguments.overrides])
+        code = run_local(settings, [*([_ALLOW] if allow else []), arguments.conf, *arguments.overrides])
+        if code == 0:
+            _say_where(Path(settings.run.dir))
+        return code
     rank, ranks = place
     stop.listen()
     # As torchrun's own `record` does: a rank that a fault of memory ends prints where it was.
@@ -161,6 +192,16 @@ def _train(arguments: argparse.Namespace) -> int:
         write_error(Path(settings.run.dir), rank, error)
         raise
     return 0
+
+
+def _say_where(run_dir: Path) -> None:
+    """What a finished run has left, for who started it."""
+    from nemo_eaft.checkpoints import checkpoints_in
+
+    print(f"metrics:    {run_dir / 'metrics.jsonl'}, {run_dir / 'report.png'}; tensorboard --logdir {run_dir}")
+    for checkpoint in checkpoints_in(run_dir)[-1:]:
+        print(f"checkpoint: {checkpoint}")
+    print(f"export:     nemo-eaft export {run_dir} OUTPUT", flush=True)
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -75,6 +75,7 @@ def hf_folder(name: str) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"model.hf: {name} has no config.json; expected a folder written by save_pretrained")
+        _refuse_pickles(folder)
         return folder.resolve()
     from huggingface_hub import snapshot_download
 
@@ -82,6 +83,16 @@ def hf_folder(name: str) -> Path:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
     except Exception as error:  # one message for: no network, no such name, no permission
         raise ValueError(f"model.hf: {name!r} is no local folder and could not be downloaded ({error})") from error
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """A pickle runs code when it is loaded; `transformers` would take it where there are no safetensors."""
+    pickles = sorted(path.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(ending))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"model.hf: {folder} holds its weights as pickles only ({', '.join(pickles[:3])}), which can run code; "
+            "allowed: safetensors (load it where you trust it and save_pretrained(..., safe_serialization=True))"
+        )
 
 
 def save_hf_files(source: Path, tokenizer: str | None, target: Path, trust_remote_code: bool) -> None:

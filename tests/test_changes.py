@@ -12,8 +12,8 @@ from nemo_eaft.compose import compose, load
 from nemo_eaft.hf_model import imported_folder
 from nemo_eaft.integrity import SUMS, write_sums
 from nemo_eaft.settings import known_keys
+from tests.commands import home, make_checkpoint, run, started
 from tests.data.support import chat, write_jsonl
-from tests.test_cli import home, make_checkpoint, run, started
 from tests.test_integrity import flip
 
 __all__ = ["home", "started"]  # fixtures
