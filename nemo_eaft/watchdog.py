@@ -10,9 +10,12 @@ from __future__ import annotations
 import faulthandler
 import os
 import shutil
+import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -23,10 +26,18 @@ from nemo_eaft.launch import leave_error
 _NOTICED = "noticed"
 """File in `stall/`: some rank made no progress for `stall_seconds`, and all are to answer."""
 
+_DUMP_SIGNAL = signal.SIGUSR2
+"""To a rank that does not answer: write the stacks of all threads."""
+
 
 def clear(run_dir: Path) -> None:
     """Remove what an earlier job left, so that it is not taken for this one's."""
     shutil.rmtree(run_dir / stall.FOLDER, ignore_errors=True)
+
+
+def _birth(pid: int) -> str:
+    """When a process started, in ticks since the machine did: with its number, it is that process and no other."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 class Watchdog:
@@ -60,7 +71,7 @@ class Watchdog:
         """Begin to watch. Before, :func:`clear` has run on one rank, and a barrier on all."""
         if self._thread is not None:
             return
-        self._dump_later()
+        self._leave_way_to_dump()
         self._thread = threading.Thread(target=self._watch, name="nemo-eaft-watchdog", daemon=True)
         self._thread.start()
 
@@ -72,11 +83,14 @@ class Watchdog:
             self._thread = None
         self._end.clear()
         if self._dump is not None:
+            faulthandler.unregister(_DUMP_SIGNAL)
             self._dump.close()
             self._dump = None
+            folder = self.run_dir / stall.FOLDER
             with suppress(OSError):  # the last rank removes the folder
-                (self.run_dir / stall.FOLDER / f"rank-{self.rank}.txt").unlink()
-                (self.run_dir / stall.FOLDER).rmdir()
+                (folder / f"rank-{self.rank}.txt").unlink()
+                (folder / f"rank-{self.rank}.pid").unlink()
+                folder.rmdir()
 
     def _watch(self) -> None:
         seen, still = self.progress, 0.0
@@ -90,20 +104,32 @@ class Watchdog:
                 seen, still = self.progress, 0.0
             if still >= self.stall_seconds or (self.run_dir / stall.FOLDER / _NOTICED).exists():
                 self._end_job(still)
-            self._dump_later()
-        faulthandler.cancel_dump_traceback_later()
 
-    def _dump_later(self) -> None:
+    def _leave_way_to_dump(self) -> None:
         """Code outside Python may hold the interpreter's lock for ever, and then this thread never runs again.
 
-        faulthandler's timer needs no lock: it writes the stacks where the other ranks find them. It does not end the
-        process, because it also fires in one that was only suspended.
+        faulthandler's signal handler needs no lock: it writes the stacks where the other ranks find them. Not its
+        timer, which reads the frames of threads while they run: after the whole job had been suspended for longer
+        than the limit, that ended a healthy process (seen once: a segmentation fault of Python 3.11).
         """
-        if self._dump is None:
-            folder = self.run_dir / stall.FOLDER
-            folder.mkdir(parents=True, exist_ok=True)
-            self._dump = (folder / f"rank-{self.rank}.txt").open("w")
-        faulthandler.dump_traceback_later(self.stall_seconds + self.tick, file=self._dump)
+        folder = self.run_dir / stall.FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self._dump = (folder / f"rank-{self.rank}.txt").open("w")
+        faulthandler.register(_DUMP_SIGNAL, file=self._dump, all_threads=True)
+        (folder / f"rank-{self.rank}.pid").write_text(f"{os.getpid()} {_birth(os.getpid())} {socket.gethostname()}")
+
+    def _ask_for_dumps(self, silent: Iterable[int]) -> None:
+        """Have ranks of this machine that do not answer write their stacks."""
+        asked = False
+        for rank in silent:
+            with suppress(OSError, ValueError):
+                pid, birth, host = (self.run_dir / stall.FOLDER / f"rank-{rank}.pid").read_text().split()
+                # In another container the number may be another process's.
+                if host == socket.gethostname() and birth == _birth(int(pid)):
+                    os.kill(int(pid), _DUMP_SIGNAL)
+                    asked = True
+        if asked:
+            time.sleep(1.0)
 
     def _end_job(self, still: float) -> None:
         """Tell the others, hear them, judge, and end this process: no collective can keep it."""
@@ -118,6 +144,7 @@ class Watchdog:
             while len(stall.read(self.run_dir, self.ranks)) < self.ranks and time.monotonic() < deadline:
                 time.sleep(self.tick / 2)
             answers = {self.rank: mine} | stall.read(self.run_dir, self.ranks)
+            self._ask_for_dumps(set(range(self.ranks)) - answers.keys())
             verdict = stall.judge(answers, self.ranks, self.stall_seconds, self._dumps())
             text = f"{mine.stack}nemo-eaft: rank {self.rank} made no progress for {still:.0f} s after {doing}\n"
             print(f"{text}nemo-eaft: rank {verdict.rank} {verdict.message}", file=sys.stderr, flush=True)

@@ -73,11 +73,19 @@ class Recorder(Callback):
     def __init__(self, stop_at: int | None) -> None:
         self.seen = Recorded()
         self._stop_at = stop_at
+        self._epochs = 0
         self._answers: list[list[tuple[int, ...]]] = []
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.initial = pieces(trainer.strategy.megatron_parallel)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        # Adapters are put in now.
+        self._epochs += 1
+
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        # Not before: adapters are put in when the epoch starts.
-        self.seen.initial = self.seen.initial or pieces(trainer.strategy.megatron_parallel)
+        if self._epochs == 1 and not self.seen.losses:
+            self.seen.initial = pieces(trainer.strategy.megatron_parallel)
 
     def on_megatron_microbatch_end(self, step: Any, batch: dict[str, Any], output: Any, **_: Any) -> None:
         # [b, s] is a loss; the chunks before it give hidden states [s, b, h].
