@@ -138,7 +138,8 @@ def busy(watchdog):
 watchdog = Watchdog(Path({folder!r}), int(sys.argv[1]), int(sys.argv[3]), {stall})
 watchdog.start()
 watchdog.note("forward", 3, 2)
-{{"forever": forever, "busy": lambda: busy(watchdog), "spin": lambda: re.match("(a+)+$", 64 * "a" + "b")}}[sys.argv[2]]()
+spin = lambda: re.match("(a+)+$", 64 * "a" + "b")
+{{"forever": forever, "busy": lambda: busy(watchdog), "spin": spin}}[sys.argv[2]]()
 watchdog.stop()
 print("done")
 """
