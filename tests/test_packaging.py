@@ -281,7 +281,7 @@ EXERCISED = {
     "sbatch": "tests/test_sbatch.py:test_sbatch_starts_one_torchrun_per_node",
     "nemo-eaft import": 'tests/test_cli.py:"import"',
     "nemo-eaft train": 'tests/test_cli.py:"train"',
-    "nemo-eaft export": 'tests/test_cli.py:"export"',
+    "nemo-eaft export": 'tests/test_cli_export.py:"export"',
     "torchrun": "tests/test_packaging.py:nemo_eaft.train",
     "pip install": "tests/test_packaging.py:def installed",
 }
