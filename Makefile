@@ -3,11 +3,13 @@
 #   make install    the environment of constraints.txt in $(VENV)
 #   make demo       fine-tunes a real model on this machine, no GPU needed; writes runs/demo/
 #   make test       linters, type checker, every test
+#   make matrix     the layouts that training is compared in, those of up to eight ranks too
+#   make soak       500 steps on four ranks, killed twelve times at random moments; half an hour, SOAK_ARGS="--steps 40"
 #   make bench      the loss beside its peers, into benchmarks/results/; BENCH_ARGS=--quick for the main rows alone
 #   make lint       linters and type checker alone
 #   make clean      removes caches and build output; `make distclean` removes $(VENV) and runs/ too
 #
-# Overridable: PYTHON, VENV, TORCH_INDEX, PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, e.g. make test PYTEST_ARGS="-x tests/loss"
+# Overridable: PYTHON, VENV, TORCH_INDEX, PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, SOAK_ARGS, e.g. make test PYTEST_ARGS="-x tests/loss"
 
 PYTHON      ?= python3.11
 VENV        ?= .venv
@@ -17,6 +19,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
+SOAK_ARGS   ?=
 
 BIN := $(VENV)/bin
 # -c: every version is the one in constraints.txt. The progress bar would flood a log.
@@ -30,7 +33,7 @@ DEMO_DATA := $(VENV)/.nemo-eaft-demo-data
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test bench lint format clean distclean
+.PHONY: help install demo test matrix soak bench lint format clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -67,6 +70,13 @@ demo: $(INSTALLED) $(DEMO_DATA)
 
 test: lint $(DEMO_DATA)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Layouts of up to eight ranks: about 9 GB of memory.
+matrix: $(INSTALLED)
+	$(BIN)/python -m pytest tests/nemo/test_matrix.py -m "matrix or not matrix" $(PYTEST_ARGS)
+
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 # Peers that are not installed are named in the report; `pip install -c constraints.txt '.[bench]'` adds two.
 bench: $(INSTALLED)

@@ -1,26 +1,60 @@
 """``nemo-eaft import | train | export``.
 
-Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 1 anything else.
+Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 75 a training was stopped on request and
+goes on with the same command, 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+_ALLOW = "--allow-config-change"
+_STOPPING = (
+    "A file `stop` in run.dir, or SIGTERM or SIGUSR1 to the launcher, asks the run to stop: at the next step it saves "
+    "a checkpoint and ends with exit code 75 (ranks of a torchrun of your own: 0), and run.dir/stopped.json says "
+    "where. A second signal ends it at once. Other exit codes: 0 done, 2 wrong input, 1 anything else."
+)
 _OVERRIDES = "group.key=value or group=file, for example trainer.max_steps=5 or loss=sft"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit code."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:
+        parser.error(_not_an_option(rest))
     command: Callable[[argparse.Namespace], int] = arguments.run
     return _guarded(lambda: command(arguments))
+
+
+def _not_an_option(rest: list[str]) -> str:
+    from nemo_eaft.settings import known_keys
+
+    option = rest[0].partition("=")[0]
+    name = option.lstrip("-").replace("-", "_")
+    keys = [key for key in known_keys() if name in (key, key.partition(".")[2], key.replace(".", "_"))]
+    hint = f"; a setting is given as {keys[0]}=VALUE" if keys else "; settings are given as group.key=VALUE"
+    return f"unrecognized argument {option}{hint}"
+
+
+class _Version(argparse.Action):
+    """Prints what is installed, without importing it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        for name in ("nemo-eaft", "nemo-toolkit", "megatron-core", "torch", "transformer-engine", "triton"):
+            try:
+                print(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                print(f"{name} not installed")
+        parser.exit()
 
 
 def run_rank(argv: list[str]) -> int:
@@ -33,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nemo-eaft", description="Entropy-Adaptive Fine-Tuning with NeMo and Megatron-Core."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="what is installed, and leave")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
@@ -45,9 +80,15 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "train; started alone it starts its own ranks, under torchrun or srun it is one"),
     ):
         command = add(name, run, help)
+        if name == "train":
+            command.epilog = _STOPPING
         if name == "import":
             command.add_argument(
                 "--data", action="store_true", help="also read and check the rows, and write them to run.dir"
+            )
+        else:
+            command.add_argument(
+                _ALLOW, action="store_true", help="go on from checkpoints of another configuration or of other data"
             )
         command.add_argument("conf", metavar="CONF", help="a name of conf/ (demo) or a .yaml file")
         command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=_OVERRIDES)
@@ -109,38 +150,65 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from nemo_eaft import stop
     from nemo_eaft.compose import compose
-    from nemo_eaft.launch import check_world, launched, run_local, write_error
+    from nemo_eaft.launch import check_world, launched, run_local, tell_torchrun, write_error
     from nemo_eaft.ready import check_run_dir, make_ready, wait_ready
 
     settings = compose(arguments.conf, arguments.overrides)
+    allow: bool = arguments.allow_config_change
     place = launched()
     if place is None:
-        if make_ready(settings).finished:
+        if make_ready(settings, allow).finished:
             print(f"run.dir={settings.run.dir}: finished, all {settings.trainer.max_steps} steps are done")
+            _say_where(Path(settings.run.dir))
             return 0
-        return run_local(settings, [arguments.conf, *arguments.overrides])
+        code = run_local(settings, [*([_ALLOW] if allow else []), arguments.conf, *arguments.overrides])
+        if code == 0:
+            _say_where(Path(settings.run.dir))
+        return code
     rank, ranks = place
-    # Before write_error can act: until these pass, run.dir may be another run's.
-    check_world(settings, ranks)
-    check_run_dir(settings)
+    stop.listen()
+    # As torchrun's own `record` does: a rank that a fault of memory ends prints where it was.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
     try:
-        # Rank 0 decides whether the run is finished: another rank might look a moment later, or at an older state.
-        ready = make_ready(settings) if rank == 0 else wait_ready(settings)
+        # Before write_error can act: until these pass, run.dir may be another run's.
+        check_world(settings, ranks)
+        check_run_dir(settings, allow)
+    except ValueError as error:
+        tell_torchrun(error)
+        raise
+    try:
+        if rank == 0:
+            stop.clear(Path(settings.run.dir))
+        # Rank 0 decides where the run goes on: another rank might look a moment later, or at an older state.
+        ready = make_ready(settings, allow) if rank == 0 else wait_ready(settings)
         if ready.finished:
             return 0
         from nemo_eaft.train import run_training
 
-        run_training(settings, ready.checkpoint)
+        run_training(settings, ready.checkpoint, ready.resume_from)
     except (Exception, SystemExit) as error:
         write_error(Path(settings.run.dir), rank, error)
         raise
     return 0
 
 
+def _say_where(run_dir: Path) -> None:
+    """What a finished run has left, for who started it."""
+    from nemo_eaft.checkpoints import checkpoints_in
+
+    print(f"metrics:    {run_dir / 'metrics.jsonl'}, {run_dir / 'report.png'}; tensorboard --logdir {run_dir}")
+    for checkpoint in checkpoints_in(run_dir)[-1:]:
+        print(f"checkpoint: {checkpoint}")
+    print(f"export:     nemo-eaft export {run_dir} OUTPUT", flush=True)
+
+
 def _export(arguments: argparse.Namespace) -> int:
+    from nemo_eaft.checkpoints import checkpoints_in, is_checkpoint, is_unfinished
     from nemo_eaft.convert import run_in_own_process
-    from nemo_eaft.ready import CONFIG, checkpoints_in, is_checkpoint
+    from nemo_eaft.integrity import SUMS, faults
+    from nemo_eaft.ready import CONFIG
 
     checkpoint: Path = arguments.checkpoint
     if not checkpoint.is_dir():
@@ -154,12 +222,19 @@ def _export(arguments: argparse.Namespace) -> int:
         if not there:
             raise ValueError(f"checkpoint {checkpoint}: neither a complete NeMo checkpoint nor a run with one")
         checkpoint = there[-1]
+    if is_unfinished(checkpoint.resolve()):
+        raise ValueError(f"checkpoint {checkpoint} was not finished: a file {checkpoint.name}-unfinished is beside it")
     output: Path = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists and is not an empty folder")
     hf: Path = arguments.hf or _hf_files(checkpoint, run_dir)
     if not (hf / "config.json").is_file():
         raise ValueError(f"--hf {hf}: no config.json there")
+    if not (checkpoint / SUMS).is_file():
+        warnings.warn(f"{checkpoint} has no {SUMS}: it is not known whether its files are whole", stacklevel=1)
+    elif found := faults(checkpoint):
+        listed = "\n  ".join(found)
+        raise ValueError(f"checkpoint {checkpoint} is damaged; export another one by its folder:\n  {listed}")
     print(f"export: {checkpoint} -> {output}", flush=True)
     run_in_own_process(["to-hf", str(checkpoint.resolve()), str(output), str(hf)], arguments.backend)
     print(output)

@@ -28,6 +28,8 @@ CONF_DIR = Path(__file__).parent / "conf"
 """The shipped configurations: one file per complete run, one folder per group."""
 
 _PATHS = ("model.hf", "model.imported", "model.tokenizer", "data.train", "data.validation", "run.dir")
+_SECRET = re.compile("TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+_LEAST_SECRET = 8  # characters: less is a flag
 _GROUPS = tuple(entry.name for entry in fields(Settings))
 
 
@@ -57,6 +59,8 @@ def compose(conf: str, overrides: Iterable[str] = (), unused: Iterable[str] = ()
     from yaml import YAMLError
 
     path = _find(conf)
+    for file in (path, *(file for group in _GROUPS for file in (path.parent / group).glob("*.yaml"))):
+        _refuse_references(file)
     prepared, texts = _prepare(overrides, path.parent)
     # A file elsewhere finds the shipped groups through Hydra's search path. JSON quoting is Hydra's quoting.
     search = f"hydra.searchpath=[{json.dumps('file://' + str(CONF_DIR))}]"
@@ -85,7 +89,9 @@ def compose(conf: str, overrides: Iterable[str] = (), unused: Iterable[str] = ()
     finally:
         GlobalHydra.instance().clear()
     assert isinstance(mapping, dict)
-    return from_mapping(mapping, where=conf)
+    settings = from_mapping(mapping, where=conf)
+    _refuse_secrets(settings)
+    return settings
 
 
 def from_mapping(mapping: Mapping[Any, Any], where: str = "configuration") -> Settings:
@@ -112,6 +118,32 @@ def from_mapping(mapping: Mapping[Any, Any], where: str = "configuration") -> Se
     return Settings(**groups)
 
 
+def _refuse_references(path: Path) -> None:
+    """A few lines of references to references (``&``, ``*``) can stand for more values than memory holds."""
+    import yaml
+
+    try:
+        used = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return  # Whoever reads it says what is wrong.
+    if used:
+        raise ValueError(f"{path}: references (&name, *name) are refused; write the value where it belongs")
+
+
+def _refuse_secrets(settings: Settings) -> None:
+    """Settings are written into run.dir and into logs, so ``${oc.env:HF_TOKEN}`` has no place in them."""
+    for name, value in os.environ.items():
+        if len(value) < _LEAST_SECRET or not _SECRET.search(name) or name.startswith("TOKENIZERS_"):
+            continue
+        for group, values in to_mapping(settings).items():
+            for key, text in values.items():
+                if isinstance(text, str) and value in text:
+                    raise ValueError(
+                        f"{group}.{key} holds the value of ${name}, which would be written into run.dir; programs read "
+                        f"${name} from the environment themselves"
+                    )
+
+
 def to_mapping(settings: Settings) -> dict[str, dict[str, Any]]:
     """The settings as nested dictionaries of plain values."""
     return asdict(settings)
@@ -135,6 +167,7 @@ def load(path: str | Path) -> Settings:
     import yaml
 
     try:
+        _refuse_references(Path(path))
         mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable YAML: {error}") from error

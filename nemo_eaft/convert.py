@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eaft.atomic import complete_folder
+from nemo_eaft.integrity import write_sums
 
 # Hugging Face `model_type` -> NeMo model of nemo.collections.llm 2.7.3.
 FAMILIES = {
@@ -74,6 +75,7 @@ def hf_folder(name: str) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"model.hf: {name} has no config.json; expected a folder written by save_pretrained")
+        _refuse_pickles(folder)
         return folder.resolve()
     from huggingface_hub import snapshot_download
 
@@ -81,6 +83,16 @@ def hf_folder(name: str) -> Path:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
     except Exception as error:  # one message for: no network, no such name, no permission
         raise ValueError(f"model.hf: {name!r} is no local folder and could not be downloaded ({error})") from error
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """A pickle runs code when it is loaded; `transformers` would take it where there are no safetensors."""
+    pickles = sorted(path.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(ending))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"model.hf: {folder} holds its weights as pickles only ({', '.join(pickles[:3])}), which can run code; "
+            "allowed: safetensors (load it where you trust it and save_pretrained(..., safe_serialization=True))"
+        )
 
 
 def save_hf_files(source: Path, tokenizer: str | None, target: Path, trust_remote_code: bool) -> None:
@@ -103,14 +115,33 @@ def _nemo_fields(hf_config: Any) -> dict[str, Any]:
     """Fields of NeMo's configuration that its importers leave at a default of their own (2.7.3).
 
     Qwen3's takes 128 for the size of a head; Qwen2's and Mistral's untie the embedding from the output layer, which a
-    model trained that way loses on its way back; Mistral's takes the vocabulary size from the tokenizer.
+    model trained that way loses on its way back; Mistral's takes the vocabulary size from the tokenizer; that of
+    Qwen3's mixtures of experts has 128 experts, of which 8 are chosen.
+
+    Raises:
+        ValueError: layers without experts among those with them, which NeMo's Qwen3 has not.
     """
     fields = {
         "vocab_size": hf_config.vocab_size,
         "share_embeddings_and_output_weights": hf_config.tie_word_embeddings,
     }
     head_dim = getattr(hf_config, "head_dim", None)
-    return fields if head_dim is None else fields | {"kv_channels": head_dim}
+    if head_dim is not None:
+        fields["kv_channels"] = head_dim
+    if hf_config.model_type == "qwen3_moe":
+        if hf_config.mlp_only_layers or hf_config.decoder_sparse_step != 1:
+            raise ValueError(
+                f"model.hf: mlp_only_layers={hf_config.mlp_only_layers} and decoder_sparse_step="
+                f"{hf_config.decoder_sparse_step}; NeMo's Qwen3 has experts in every layer: allowed are [] and 1"
+            )
+        fields |= {
+            "num_moe_experts": hf_config.num_experts,
+            "moe_router_topk": hf_config.num_experts_per_tok,
+            # Probabilities are of the chosen experts alone, or of all of them.
+            "moe_router_pre_softmax": not hf_config.norm_topk_prob,
+            "moe_aux_loss_coeff": hf_config.router_aux_loss_coef,
+        }
+    return fields
 
 
 @contextmanager
@@ -188,6 +219,7 @@ def convert_to_nemo(source: Path, output: Path, tokenizer: str | None = None, tr
         _importer(source, hf_files, trust_remote_code).apply(folder)
         manifest = {"source": str(source), "vocab_size": vocab_size, "tokens": tokens}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        write_sums(folder)
     return output
 
 

@@ -22,11 +22,27 @@ from nemo_eaft.hf_model import home
 from nemo_eaft.launch import ERROR
 from nemo_eaft.ready import CONFIG, READY
 from nemo_eaft.settings import Settings
+from nemo_eaft.stall import FOLDER
+from nemo_eaft.stop import REQUEST, STOPPED
 
 CONF = "demo"
 
-_OURS = {CONFIG, ERROR, READY, "checkpoints", "data", "eaft.json", "hf", "metrics.jsonl", "nemo", "report.png"}
-_OURS |= {"summary.json", "tensorboard"}
+_OURS = {
+    CONFIG,
+    ERROR,
+    READY,
+    "checkpoints",
+    "data",
+    "eaft.json",
+    "hf",
+    "metrics.jsonl",
+    "nemo",
+    "report.png",
+    FOLDER,
+    REQUEST,
+    STOPPED,
+}
+_OURS |= {"summary.json", "tensorboard", FOLDER, REQUEST, STOPPED}
 
 
 def main(overrides: list[str]) -> int:

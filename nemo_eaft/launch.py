@@ -11,17 +11,23 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_eaft.settings import Settings
 
+if TYPE_CHECKING:
+    from nemo_eaft.agent import Killed
+
 ERROR = "error.json"
+_PROMPT = 5.0
+"""Seconds: an error older than that when the agent saw a rank killed was not its consequence."""
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
 
@@ -41,18 +47,20 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | N
 def job_identity(environment: Mapping[str, str] = os.environ) -> str:
     """What all ranks of a job have in common and those of another job, or of the same one requeued, have not.
 
-    Empty where nothing tells jobs apart, which is so with a launcher other than ``torchrun`` and SLURM, and with
-    ``torchrun`` on several machines without ``--rdzv-id``.
+    Ranks that ``torchrun`` starts again on one machine are another job; several machines count restarts each for
+    itself, so there the count can be no part of it. Empty where nothing tells jobs apart, which is so with a launcher
+    other than ``torchrun`` and SLURM, and with ``torchrun`` on several machines without ``--rdzv-id``.
     """
     parts = {name: environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")}
     run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
+    one_machine = environment.get("LOCAL_WORLD_SIZE", "") == environment.get("WORLD_SIZE", "?")
     if run_id != "none":  # torchrun's default, the same for every job
         parts["TORCHELASTIC_RUN_ID"] = run_id
-    elif (file := environment.get("TORCHELASTIC_ERROR_FILE")) and (
-        environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
-    ):
+    elif (file := environment.get("TORCHELASTIC_ERROR_FILE")) and one_machine:
         # <new folder of this torchrun>/attempt_<n>/<local rank>/error.json
         parts["TORCHELASTIC_ERROR_FILE"] = str(Path(file).parent.parent.parent)
+    if one_machine and environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        parts["TORCHELASTIC_RESTART_COUNT"] = environment["TORCHELASTIC_RESTART_COUNT"]
     return " ".join(f"{name}={value}" for name, value in parts.items() if value)
 
 
@@ -78,17 +86,22 @@ def check_world(settings: Settings, ranks: int) -> None:
 def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft.train") -> int:
     """Start the ranks of a one-machine run with ``torchrun`` and wait for them.
 
+    SIGTERM or SIGUSR1 to this process asks the run to stop (:mod:`nemo_eaft.stop`), a second one ends it at once.
+
     Args:
         settings: checked and made ready.
         arguments: configuration and overrides, for each rank.
         module: what each rank runs.
 
     Returns:
-        0, or 1 or 2 by the first rank that failed; its message is printed.
+        0; 75 if the run was stopped on request; 1 or 2 by the rank that failed first. The reason is printed.
 
     Raises:
         ValueError: the run needs several machines.
     """
+    from nemo_eaft import stop
+    from nemo_eaft.agent import read_report
+
     trainer = settings.trainer
     if trainer.num_nodes > 1:
         raise ValueError(
@@ -97,53 +110,96 @@ def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft
         )
     run_dir = Path(settings.run.dir)
     (run_dir / ERROR).unlink(missing_ok=True)
-    # --standalone: the system chooses the port, so two runs on a machine do not meet.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
-    command += [f"--nproc-per-node={trainer.gpus_per_node}", "-m", module, *arguments]
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    stop.clear(run_dir)
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", stop.CLEARED: "1"}
     if settings.parallel.tensor > 1 or settings.parallel.context > 1:
         # Megatron's overlapped communication relies on the order in which kernels are issued (Hopper and
         # before).
         environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    child = subprocess.Popen(command, env=environment)
+    with tempfile.TemporaryDirectory(prefix="nemo-eaft-") as folder:
+        report = Path(folder) / "killed.json"
+        # --standalone: the system chooses the port, so two runs on a machine do not meet.
+        command = [sys.executable, "-m", "nemo_eaft.agent", str(report), "--standalone", "--nnodes=1"]
+        command += [f"--nproc-per-node={trainer.gpus_per_node}", f"--max-restarts={settings.run.max_restarts}"]
+        code = _wait(subprocess.Popen([*command, "-m", module, *arguments], env=environment), run_dir)
+        killed = read_report(report)
+    if code != 0:
+        return _explain(run_dir / ERROR, code, killed)
+    stopped = stop.read_stopped(run_dir)
+    if stopped is None:
+        return 0
+    where = f", saved in {stopped.checkpoint}" if stopped.checkpoint else ", not saved: the run keeps no checkpoints"
+    print(
+        f"nemo-eaft: stopped on request ({stopped.reason}) after step {stopped.step}{where}; "
+        f"the same command continues the run",
+        file=sys.stderr,
+    )
+    return stop.EXIT_STOPPED
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
+
+def _wait(child: subprocess.Popen[bytes], run_dir: Path) -> int:
+    """Exit code of torchrun, which this process outlives to say why it ended."""
+    from nemo_eaft import stop
+
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        name = signal.Signals(number).name
+        if asked:
+            child.send_signal(signal.SIGTERM)
+            return
+        asked = True
+        try:
+            stop.request(run_dir, f"{name} to the launcher, process {os.getpid()}")
+        except OSError as error:
+            print(f"nemo-eaft: {name}: {run_dir / stop.REQUEST} cannot be written: {error}", file=sys.stderr)
+            child.send_signal(signal.SIGTERM)
+            return
+        text = f"nemo-eaft: {name}: the run is asked to stop at the next step; {name} once more ends it at once"
+        print(text, file=sys.stderr, flush=True)
 
     def outlive(number: int, frame: FrameType | None) -> None:
         pass
 
-    # The launcher outlives torchrun, to say why it ended. A terminal sends SIGINT to both, a batch system
-    # SIGTERM to one.
-    before = {
-        number: signal.signal(number, handler)
-        for number, handler in ((signal.SIGTERM, pass_on), (signal.SIGINT, outlive))
-    }
+    # A terminal sends SIGINT to launcher and ranks, a batch system SIGTERM to one.
+    handlers = ((signal.SIGTERM, ask), (signal.SIGUSR1, ask), (signal.SIGINT, outlive))
+    before = {number: signal.signal(number, handler) for number, handler in handlers}
     try:
-        code = child.wait()
+        return child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         if child.poll() is None:
             child.terminate()
             child.wait()
-    return 0 if code == 0 else _explain(run_dir / ERROR, code)
 
 
-def _explain(path: Path, code: int) -> int:
-    try:
-        error = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _explain(path: Path, code: int, killed: Killed | None) -> int:
+    """Print who began it: a rank that a signal ended, unless an error was there well before."""
+    error = _read(path)
+    if killed is not None and (error is None or error["time"] > killed.time - _PROMPT):
+        if error is not None:
+            print(f"{error['traceback']}\nnemo-eaft: rank {error['rank']}, then: {error['message']}", file=sys.stderr)
+        print(f"nemo-eaft: {killed}", file=sys.stderr)
+        return 1
+    if error is None:
         print(f"nemo-eaft: a rank ended with exit code {code} and left no message; see above", file=sys.stderr)
         return 1
     if error["kind"] == "input":
         print(f"nemo-eaft: rank {error['rank']}: {error['message']}", file=sys.stderr)
         return 2
-    print(
-        f"{error['traceback']}\nnemo-eaft: rank {error['rank']} failed first: {error['message']}",
-        file=sys.stderr,
-    )
+    first = f"{error['message']}" if error["kind"] == "stall" else f"failed first: {error['message']}"
+    print(f"{error['traceback']}\nnemo-eaft: rank {error['rank']} {first}", file=sys.stderr)
     return 1
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        error: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return error
 
 
 def is_users(error: BaseException) -> bool:
@@ -156,16 +212,47 @@ def is_users(error: BaseException) -> bool:
 
 
 def write_error(run_dir: Path, rank: int, error: BaseException) -> None:
-    """Leave ``error.json``, unless another rank of this job was first; what an older job left is replaced.
+    """Leave ``error.json``, unless another rank of this job was first, and torchrun's own error file.
 
-    Creates no ``run_dir``. Never raises: the error itself matters more.
+    What an older job left is replaced. Creates no ``run_dir``. Never raises: the error itself matters more.
+    """
+    tell_torchrun(error)
+    leave_error(
+        run_dir,
+        rank,
+        kind="input" if is_users(error) else "failure",
+        message=f"{error}" if is_users(error) else f"{type(error).__name__}: {error}",
+        text="".join(traceback.format_exception(error)),
+    )
+
+
+def tell_torchrun(error: BaseException) -> None:
+    """Write the error file that ``torchrun`` reads, so that its own table shows the traceback. Never raises.
+
+    ``torch.distributed.elastic.multiprocessing.errors.record`` writes the same, but it never sees an error that became
+    an exit code, and it rounds its time down to a second: a rank that failed because another was killed then seems to
+    have failed before it, which torchrun dates when it looks, a tenth of a second later.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    more = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()) + 1)}
+    content = {"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": more}}
+    with suppress(OSError):
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+
+def leave_error(run_dir: Path, rank: int, *, kind: str, message: str, text: str) -> None:
+    """Leave ``error.json``, unless another rank of this job was first. Never raises.
+
+    kind: ``input``, ``failure`` or ``stall``; text: the traceback.
     """
     content: dict[str, Any] = {
         "job": _attempt(),
         "rank": rank,
-        "kind": "input" if is_users(error) else "failure",
-        "message": f"{error}" if is_users(error) else f"{type(error).__name__}: {error}",
-        "traceback": "".join(traceback.format_exception(error)),
+        "kind": kind,
+        "message": message,
+        "traceback": text,
         "time": time.time(),
     }
     temporary = run_dir / f".{ERROR}.{rank}.{os.getpid()}"

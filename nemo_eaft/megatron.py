@@ -36,6 +36,10 @@ class AttachedLoss:
             at the price of the weight's gradient in float32 held from forward to backward. Only with one
             tensor-parallel rank and without virtual pipeline stages, whose forwards would each hold one; elsewhere the
             promise changes nothing. A broken promise stops the run.
+        keep_not_finite: whether `not_finite` is kept; who sets it calls `reset` at each step.
+        not_finite: of each main call in training since `reset`, [b, s] bool on the device: where the loss that is
+            trained on is NaN or infinite. With `measure_only` also at tokens outside the loss, as Megatron's callers
+            multiply by the mask.
         calls: main calls since `reset`, in training and validation.
         sums: [6] float64, `metrics.token_sums` added up over those calls; None before the first.
     """
@@ -54,6 +58,8 @@ class AttachedLoss:
         self.measure_only = measure_only
         self.requires_loss_mask = False
         self.scaled_mask_upstream = False
+        self.keep_not_finite = False
+        self.not_finite: list[Tensor] = []
         self.calls = 0
         self.sums: Tensor | None = None
         self._model = model
@@ -74,6 +80,7 @@ class AttachedLoss:
 
     def reset(self) -> None:
         """Start counting anew (a new optimizer step)."""
+        self.not_finite = []
         self.calls = 0
         self.sums = None
 
@@ -89,6 +96,16 @@ class AttachedLoss:
         """Whether the model still calls this loss: False when something else replaced it afterwards."""
         fused = self._fused is None or self._fused.in_place()
         return fused and self._model.__dict__.get(_METHOD) == self._loss
+
+    def replaced_by(self) -> str | None:
+        """What took the place of this loss, by name; None where nothing did."""
+        if self.in_place():
+            return None
+        method = getattr(self._model, _METHOD)
+        if method == self._loss:
+            return f"another {type(self._model.output_layer).__name__} (or its forward)"
+        function = getattr(method, "__func__", method)
+        return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', repr(function))}"
 
     @property
     def fused_linear(self) -> bool:
@@ -134,18 +151,28 @@ class AttachedLoss:
             _check_labels_under_mask(valid, loss_mask, self.config.ignore_index)
             valid = valid & (loss_mask != 0)
         config = self.config if self._model.training else self.config.plain()
-        if not (self._model.training and self.measure_only):
-            out = self._eaft(logits, labels, config, loss_mask)
-        else:
-            # Before Megatron's loss, which overwrites float32 logits (tensor_parallel/cross_entropy.py).
-            with torch.no_grad():
-                out = self._eaft(logits.detach(), labels, config, loss_mask)
+        measured = self._model.training and self.measure_only
+        # Before Megatron's loss, which overwrites float32 logits (tensor_parallel/cross_entropy.py).
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not measured):
+            out = self._eaft(logits.detach() if measured else logits, labels, config, loss_mask)
+        trained = self._megatron_loss(labels, logits) if measured else out.loss.transpose(0, 1).contiguous()
+        self._count(out, trained.detach(), valid, config)
+        return trained
+
+    def _count(self, out: TokenLoss, trained: Tensor, valid: Tensor, config: EAFTConfig) -> None:
+        """Add the micro-batch to what was counted. out: [s, b]; trained and valid: [b, s]. Waits for nothing."""
+        if self._model.training and self.measure_only:
+            # What Megatron minimises decides whether the step is finite: padding columns and tokens outside the loss
+            # mask spoil its loss, not ours.
+            finite = trained.isfinite()
+            spoilt = ~(finite | valid).transpose(0, 1)
+            out = out._replace(loss=torch.where(finite.transpose(0, 1), out.loss, trained.transpose(0, 1)))
+            valid = valid | spoilt.transpose(0, 1)
         self.calls += 1
         so_far = zero_sums(out.loss.device) if self.sums is None else self.sums
         self.sums = so_far + token_sums(out, valid.transpose(0, 1), config, self.vocab_size)
-        if self._model.training and self.measure_only:
-            return self._megatron_loss(labels, logits)
-        return out.loss.transpose(0, 1).contiguous()
+        if self.keep_not_finite and self._model.training:
+            self.not_finite.append(valid & ~out.loss.isfinite().transpose(0, 1))
 
     def _eaft(self, logits: Tensor, labels: Tensor, config: EAFTConfig, loss_mask: Tensor | None) -> TokenLoss:
         # Labels and mask are transposed, a view; the logits, V times larger, never are.

@@ -13,26 +13,40 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nemo_eaft.versions  # noqa: F401, one clear ImportError before the imports below could fail
+
+# isort: split
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallelConfig
-from nemo.lightning.pytorch.strategies import MegatronStrategy
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from nemo.utils import logging
 from nemo.utils.app_state import AppState
 from torch import Tensor
 
+from nemo_eaft import requirements
 from nemo_eaft.atomic import replacing
+from nemo_eaft.batches import StepBatches, micro_batches
 from nemo_eaft.config import EAFTConfig
-from nemo_eaft.loss.collectives import sum_over_data_and_broadcast_over_pipeline
+from nemo_eaft.first_step import FirstStep
+from nemo_eaft.gradients import GradientWatch
 from nemo_eaft.megatron import AttachedLoss, attach, attached, detach
 from nemo_eaft.metrics import StepMetrics, reduce_sums, zero_sums
+from nemo_eaft.nonfinite import find, raise_for_loss
+from nemo_eaft.place import here
 from nemo_eaft.progress import Pace, format_progress
 from nemo_eaft.recorder import MetricsFile
+from nemo_eaft.replicas import check_replicas
 from nemo_eaft.report import write_report
+from nemo_eaft.requirements import true_vocab_size
+from nemo_eaft.same_config import check_same
+
+__all__ = ["EAFTCallback", "true_vocab_size"]
 
 
 class EAFTCallback(Callback):
@@ -44,15 +58,21 @@ class EAFTCallback(Callback):
     config: gate and entropy settings.
     run_dir: folder of `eaft.json`, `metrics.jsonl` and `report.png`; None: NeMo's log folder of this run.
     vocab_size: the true vocabulary size; None: the model configuration's `vocab_size`, else the tokenizer's.
-    fused_linear: output layer and loss in one, which never holds the logits of all tokens; costs one matrix product of
-        the output layer more. Recomputes in backward; see `megatron.attach`.
+    fused_linear: output layer and loss in one, which never holds the logits of all tokens; see `megatron.attach`. Costs
+        one matrix product of the output layer more, or, with one tensor-parallel rank and without virtual pipeline
+        stages, V x D float32 numbers held from forward to backward: NeMo's MaskedTokenLossReduction makes the gradient
+        of the loss one number times a loss mask of 0 and 1.
     measure_only: train with Megatron's own cross-entropy, bit for bit, and only record: for comparison.
+    check_replicas: every so many steps, beginning with the first, compare what the ranks of one copy of the model were
+        given to train on (see replicas.py); 0: never. One all-gather a checked step.
+    allow_config_change: go on from a checkpoint that was made with another `config` or `measure_only`.
 
-    Raises, on every rank and before the first optimizer step:
-        ValueError: the strategy is not NeMo's MegatronStrategy, the model has no place for the loss, or `fused_linear`
-            with `measure_only` or with LoRA on the output layer.
-        RuntimeError: gradients would not be divided by the tokens of the global batch; the loss was never called; or
-            the loss of a step is not finite.
+    Raises, on every rank and before the optimizer step:
+        ValueError: a script that lacks what requirements.py asks for; a model without a place for the loss, or
+            `fused_linear` with `measure_only` or with LoRA on the output layer; a checkpoint of a run with another
+            configuration (`eaft.json`).
+        RuntimeError: gradients would not be divided by the tokens of the global batch; the loss was never called; the
+            loss or the gradient of a step is not finite; ranks that need the same rows were given different ones.
     """
 
     def __init__(
@@ -63,10 +83,15 @@ class EAFTCallback(Callback):
         vocab_size: int | None = None,
         fused_linear: bool = False,
         measure_only: bool = False,
+        check_replicas: int = 0,
+        allow_config_change: bool = False,
     ) -> None:
+        if check_replicas < 0:
+            raise ValueError(f"check_replicas: {check_replicas}; allowed: 0 (never) or a number of steps")
         self.config = EAFTConfig() if config is None else config
         self.fused_linear = fused_linear
         self.measure_only = measure_only
+        self.allow_config_change = allow_config_change
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._vocab_size = vocab_size
         self._loss: AttachedLoss | None = None
@@ -75,53 +100,44 @@ class EAFTCallback(Callback):
         self._metrics: StepMetrics | None = None
         self._learning_rate = 0.0
         self._step_started = 0.0
-        self._verified = False
+        self._check_replicas = check_replicas
+        self._set_up = False
+        self._first_step: FirstStep | None = None
+        self._gradients: GradientWatch | None = None
+        self._batches: StepBatches | None = None
 
     # --- setting up
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before Megatron's DDP is built: one gradient, whatever the micro-batch size, DP and CP."""
-        strategy = trainer.strategy
-        if not isinstance(strategy, MegatronStrategy):
-            raise ValueError(
-                f"trainer.strategy: {type(strategy).__name__}; EAFTCallback needs nemo.lightning.MegatronStrategy"
-            )
-        changed = []
-        config: Any = pl_module.config
-        if not config.calculate_per_token_loss:
-            config.calculate_per_token_loss = True
-            changed.append("calculate_per_token_loss=True")
-        # Virtual pipeline chunks after the first are rebuilt from here (lightning/megatron_parallel.py:238, io.reinit).
-        recorded: Any = getattr(getattr(pl_module, "__io__", None), "config", None)
-        if recorded is not None:
-            recorded.calculate_per_token_loss = True
-        ddp: Any = strategy.ddp_config
-        if stage == "fit" and not isinstance(ddp, DistributedDataParallelConfig):
-            raise ValueError(
-                "trainer.strategy: MegatronStrategy(ddp=...) must be 'megatron' or a DistributedDataParallelConfig; "
-                "no other DDP or FSDP divides the gradient by the tokens of the global batch"
-            )
-        if getattr(ddp, "average_in_collective", False):
-            ddp.average_in_collective = False
-            changed.append("average_in_collective=False")
+        requirements.check_strategy(trainer, stage)
+        requirements.check_place_in_trainer(trainer, self)
+        if self._vocab_size is not None:
+            requirements.check_vocab_size(self._vocab_size, pl_module)
+        changed = requirements.set_one_gradient(trainer, pl_module)
+        self._set_up = True
         if changed:
-            logging.info(f"EAFT: set {', '.join(changed)}: the loss is divided by the tokens of the global batch")
+            logging.info(
+                f"EAFT: set {', '.join(changed)}: the loss is divided by the tokens of the global batch, and a "
+                "gradient that is not finite stops the run"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to every chunk that owns a loss; all chunks exist now."""
         self._attach(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the gradient's scale (with PEFT, DDP is built only after on_fit_start) and open the files."""
+        """Check the chunks as they are built, and open the files."""
+        requirements.check_registered(trainer, self, self._set_up)
         for chunk in _chunks(trainer):
-            _check_gradient_scale(chunk)
-            _check_interleaving(chunk.config)
-        self._verified = False
+            requirements.check_chunk(chunk)
         self._run_dir = self._run_dir or Path(AppState().log_dir or trainer.default_root_dir)
+        settings = dataclasses.asdict(self.config)
+        settings |= {"fused_linear": self.fused_linear, "measure_only": self.measure_only}
+        if trainer.global_step > 0 and not self.allow_config_change:
+            check_same(self._run_dir / "eaft.json", settings)
         if trainer.is_global_zero:
             with replacing(self._run_dir / "eaft.json") as temporary:
-                settings = dataclasses.asdict(self.config)
-                settings |= {"fused_linear": self.fused_linear, "measure_only": self.measure_only}
                 temporary.write_text(json.dumps(settings, indent=2) + "\n")
             self._file = MetricsFile(self._run_dir / "metrics.jsonl", start_step=trainer.global_step)
 
@@ -136,7 +152,11 @@ class EAFTCallback(Callback):
         if getattr(trainer.strategy, "megatron_parallel", None) is not None:
             for chunk in _chunks(trainer):
                 detach(chunk)
-        self._loss = None
+        for shadow in (self._first_step, self._gradients):
+            if shadow is not None:
+                shadow.remove()
+        self._loss = self._first_step = self._gradients = self._batches = None
+        self._set_up = False
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -145,41 +165,76 @@ class EAFTCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start of an optimizer step."""
+        requirements.check_registered(trainer, self, self._set_up)
         self._step_started = time.perf_counter()
         if self._loss is not None:
             self._loss.reset()
+        if self._gradients is None:
+            # The first step: with PEFT, DDP is built only at the start of the epoch.
+            chunks = _chunks(trainer)
+            for chunk in chunks:
+                requirements.check_chunk(chunk)
+            self._first_step = FirstStep(chunks[0].config)
+            self._gradients = GradientWatch(chunks)
+        self._gradients.reset()
+
+    def on_megatron_step_start(self, step: Any) -> Any:
+        """Remember the batches of a training step, and compare them where that is asked for."""
+        if step.forward_only or not isinstance(step.data, Iterator):
+            return step
+        self._batches = StepBatches(step.data)
+        number, every = step.trainer.global_step, self._check_replicas
+        # The same on every rank.
+        if every and number % every == 0:
+            count = get_num_microbatches()
+            ahead = self._batches.look_ahead(1 if step.has_global_batch_sampler else count)
+            rows = micro_batches(ahead, count)
+            check_replicas(rows, count, here(), _device(step), number + 1, _tokenizer(step.trainer))
+        return dataclasses.replace(step, data=self._batches)
 
     def on_megatron_microbatch_start(self, step: Any, batch: dict[str, Any], forward_callback: Any) -> None:
         """Hand over the loss mask: NeMo pads labels with eos and masks them only after the loss."""
         if self._loss is not None:
-            self._loss.set_loss_mask(batch.get("loss_mask"))
+            mask = batch.get("loss_mask")
+            self._loss.set_loss_mask(mask)
+            # NeMo's loss is sum(loss * mask) times one number; a mask of other numbers than 0 and 1 would break that.
+            whole = mask is not None and not mask.is_floating_point()
+            self._loss.scaled_mask_upstream = whole and type(forward_callback) is MaskedTokenLossReduction
 
     def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any) -> None:
         """Reduce the sums over the global batch, on every rank, before the optimizer steps."""
         if step.forward_only:
             return
         trainer = step.trainer
-        if not self._verified:
-            self._check_called(step)
-            self._verified = True
+        device = _device(step)
+        sums = self._global_sums(step)
+        if self._first_step is not None:
+            self._first_step.remove()
+            # The same on every rank. NaN is reported below, with its place.
+            if sums[0].isfinite():
+                self._first_step.check(self._loss, device, _groups())
+            self._first_step = None
         groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
         self._learning_rate = float(groups[0]["lr"]) if groups else 0.0
-        self._metrics = StepMetrics.from_sums(
-            self._global_sums(step), step=trainer.global_step + 1 if trainer.is_global_zero else None
-        )
+        number = trainer.global_step + 1 if trainer.is_global_zero else None
+        self._metrics = StepMetrics.from_sums(sums, step=number)
         if not math.isfinite(self._metrics.loss):
             # The owner of a run that diverged needs this line most.
             self._record(trainer.global_step + 1, trainer.max_steps, self._metrics)
             self._draw_report()
-            raise RuntimeError(
-                f"step {trainer.global_step + 1}: the loss is {self._metrics.loss} (cross-entropy "
-                f"{self._metrics.cross_entropy}); stopped before the optimizer step"
-            )
+            self._raise_for_loss(trainer, self._metrics)
+        assert self._gradients is not None, "on_train_batch_start did not run"
+        self._gradients.raise_if_not_finite(trainer.global_step + 1, here(), device)
+        if not self._metrics.tokens and isinstance(reduced, Tensor):
+            # NeMo divides 0 by 0 (lightning/megatron_parallel.py, MaskedTokenLossReduction.reduce).
+            reduced.zero_()
+        self._batches = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the finished step."""
+        requirements.check_registered(trainer, self, self._set_up)
         metrics = self._metrics
         assert metrics is not None, "on_megatron_step_end did not run"
         rate = self._record(trainer.global_step, trainer.max_steps, metrics)
@@ -193,6 +248,11 @@ class EAFTCallback(Callback):
         if trainer.sanity_checking:
             return
         metrics = StepMetrics.from_sums(sums)
+        if not metrics.tokens and trainer.is_global_zero:
+            logging.warning(
+                f"EAFT validation after step {trainer.global_step}: no token of the validation data takes part in the "
+                "loss (every loss mask is 0), so there is no val_loss to record, and NeMo's own is not a number"
+            )
         if self._file is not None and metrics.tokens:
             self._file.append_validation(trainer.global_step, metrics.cross_entropy)
             logging.info(
@@ -244,6 +304,7 @@ class EAFTCallback(Callback):
                 )
             if loss is not None:
                 loss.requires_loss_mask = True
+                loss.keep_not_finite = True
                 self._loss = loss
 
     def _global_sums(self, model: Any) -> Tensor:
@@ -252,30 +313,19 @@ class EAFTCallback(Callback):
             sums = zero_sums(_device(model))
         return reduce_sums(sums, *_groups())
 
-    def _check_called(self, step: Any) -> None:
-        calls = torch.zeros(1, dtype=torch.float64, device=_device(step))
-        if self._loss is not None and self._loss.in_place():
-            calls += self._loss.calls
-        total = int(sum_over_data_and_broadcast_over_pipeline(calls, *_groups()).item())
-        if total == 0:
-            raise RuntimeError(
-                "EAFT is configured but its loss was never called in the first step: the model computes its loss "
-                "elsewhere, or another patch replaced compute_language_model_loss or the fused output layer after the "
-                "callback. Nothing was trained."
-            )
-
-
-def true_vocab_size(pl_module: LightningModule) -> int:
-    """The vocabulary size before Megatron pads it to a multiple of 128 x TP (nemo/lightning/base.py, get_vocab_size).
-
-    Raises:
-        ValueError: neither the model's configuration nor its tokenizer tells.
-    """
-    model: Any = pl_module
-    size = getattr(model.config, "vocab_size", None) or getattr(getattr(model, "tokenizer", None), "vocab_size", None)
-    if size is None:
-        raise ValueError("vocab_size: the model has neither config.vocab_size nor a tokenizer; pass vocab_size=")
-    return int(size)
+    def _raise_for_loss(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        bad = [] if self._loss is None else self._loss.not_finite
+        count = get_num_microbatches()
+        seen = [] if self._batches is None else micro_batches(self._batches.seen, count)
+        size = parallel_state.get_context_parallel_world_size()
+        hint = (
+            "Megatron's own loss is also spoilt by a token outside the loss mask; loss.gate=none (EAFTConfig("
+            "gate='none')) is not"
+            if self.measure_only
+            else ""
+        )
+        finding = find(bad, seen, here(), size, _tokenizer(trainer))
+        raise_for_loss(trainer.global_step + 1, metrics, finding, count, hint)
 
 
 def _chunks(trainer: Trainer) -> list[Any]:
@@ -295,35 +345,5 @@ def _groups() -> tuple[Any, Any, int]:
     )
 
 
-def _check_gradient_scale(chunk: Any) -> None:
-    """Megatron must sum the gradients and divide once (core/distributed/distributed_data_parallel.py, 0.15.3)."""
-    config = chunk.config
-    if not config.calculate_per_token_loss:
-        raise RuntimeError(
-            "calculate_per_token_loss is False on a model chunk; EAFT's gradient would depend on the cut"
-        )
-    ddp = chunk.module
-    if getattr(getattr(ddp, "ddp_config", None), "average_in_collective", False):
-        raise RuntimeError(
-            "average_in_collective is True on a model chunk: gradients would be averaged over its replicas"
-        )
-    for buffer in [*getattr(ddp, "buffers", []), *getattr(ddp, "expert_parallel_buffers", [])]:
-        scale = getattr(buffer, "gradient_scaling_factor", 1.0)
-        if scale != 1.0:
-            raise RuntimeError(
-                f"gradient_scaling_factor is {scale} on a model chunk, expected 1.0: Megatron's DDP was built before "
-                "calculate_per_token_loss was set"
-            )
-
-
-def _check_interleaving(config: Any) -> None:
-    """Two stages, interleaved: batched sends of both directions go to one rank and are matched in the wrong order.
-
-    Megatron-LM's arguments.py refuses it; NeMo 2.7.3 trains on swapped activations (the first loss was 2 % off).
-    """
-    interleaved = config.virtual_pipeline_model_parallel_size is not None
-    if interleaved and config.pipeline_model_parallel_size == 2 and not config.overlap_p2p_comm:
-        raise RuntimeError(
-            "virtual pipeline with pipeline_model_parallel_size=2 needs overlap_p2p_comm=True and batch_p2p_comm=False "
-            "in the model configuration; otherwise the two stages exchange the wrong tensors"
-        )
+def _tokenizer(trainer: Trainer) -> Any:
+    return getattr(trainer.lightning_module, "tokenizer", None)

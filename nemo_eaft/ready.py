@@ -10,18 +10,21 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_eaft import compose
 from nemo_eaft.atomic import replacing
-from nemo_eaft.convert import MANIFEST, hf_folder, run_in_own_process
+from nemo_eaft.checkpoints import Choice, checkpoints_in, choose, is_checkpoint, set_aside
+from nemo_eaft.convert import hf_folder, run_in_own_process
 from nemo_eaft.data import prepare
-from nemo_eaft.data.prepare import PreparedData, is_prepared
+from nemo_eaft.data.prepare import PreparedData, is_prepared, source_changes
 from nemo_eaft.hf_model import check_model, home, imported_folder
+from nemo_eaft.integrity import SUMS, faults
 from nemo_eaft.launch import job_identity
-from nemo_eaft.settings import Settings
+from nemo_eaft.settings import Settings, known_keys
 
 CONFIG = "config.yaml"
 """File in ``run.dir`` with every setting of the run."""
@@ -36,11 +39,31 @@ MAY_DIFFER = (
     "run.resume",
     "run.name",
     "run.wandb_project",
+    "run.max_restarts",
+    "run.stall_seconds",
     "trainer.log_every",
     "trainer.keep_checkpoints",
     "data.num_workers",
 )
 """Settings that may change when a run goes on: none of them touches a number."""
+
+LAYOUT = (
+    "loss.fused_linear",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.context",
+    "parallel.expert",
+    "parallel.sequence",
+    "trainer.num_nodes",
+    "trainer.gpus_per_node",
+    "trainer.micro_batch_size",
+    "trainer.recompute",
+)
+"""Settings that may change as well: the same rows give the same steps but for rounding, however the work is cut."""
+
+FIXED = ("trainer.precision", "trainer.distributed_optimizer")
+"""Settings that a run keeps, whatever is allowed: they decide what the optimizer's state is made of."""
 
 _PATIENCE = 3600.0  # seconds
 _SAY_EVERY = 60.0  # seconds
@@ -54,6 +77,8 @@ class Ready:
     """Folder of the converted checkpoint."""
     finished: bool
     """Whether the run's last step was done before."""
+    resume_from: Path | None = None
+    """The checkpoint of this run to go on from, read through and found whole; None: a new run."""
 
 
 @dataclass(frozen=True)
@@ -91,26 +116,54 @@ def open_model(settings: Settings) -> Model:
     return Model(folder, config, tokenizer)
 
 
-def make_ready(settings: Settings) -> Ready:
+def make_ready(settings: Settings, allow_change: bool = False) -> Ready:
     """Check everything, then write rows, converted checkpoint, ``config.yaml`` and ``ready.json``, as far as they are
     not there.
+
+    Args:
+        settings: the run.
+        allow_change: go on from checkpoints that were made with another configuration or other data.
 
     Raises:
         ValueError: what the user can put right. Nothing was written into ``run.dir`` then.
     """
     check_machine(settings)
-    check_run_dir(settings)
+    changed = check_run_dir(settings, allow_change)
     run_dir = Path(settings.run.dir)
     (run_dir / READY).unlink(missing_ok=True)
     model = open_model(settings)
+    choice = choose(run_dir)
+    if choice.checkpoint is not None:
+        changed += check_data(settings, model, allow_change)
+    if changed:
+        _say_changed(settings, changed, choice)
     prepare_rows(settings, model)
-    checkpoint = import_model(settings, model)
-    compose.save(settings, run_dir / CONFIG)
-    ready = Ready(checkpoint.absolute(), is_finished(settings))
+    checkpoint = import_model(settings, model, weights=choice.checkpoint is None)
+    set_aside(choice)
+    save_config(settings)
+    finished = choice.steps >= settings.trainer.max_steps
+    resume_from = None if choice.checkpoint is None else choice.checkpoint.absolute()
+    ready = Ready(checkpoint.absolute(), finished, resume_from)
     with replacing(run_dir / READY) as temporary:
-        content = asdict(ready) | {"checkpoint": str(ready.checkpoint), "job": job_identity()}
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        content = asdict(ready) | {"job": _job()}
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     return ready
+
+
+def _say_changed(settings: Settings, changed: list[str], choice: Choice) -> None:
+    listed = "\n  ".join(changed)
+    print(f"run.dir={settings.run.dir}: --allow-config-change accepts\n  {listed}", flush=True)
+    if choice.checkpoint is not None:
+        done = choice.steps
+        print(f"  step {done + 1} follows with these; the order of rows goes on after {done} batches", flush=True)
+
+
+def _job() -> str:
+    """The job; on one machine also how often ``torchrun`` has restarted its ranks (several may count differently)."""
+    environment = os.environ
+    alone = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
+    restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    return f"{job_identity()} restart={restart}".strip()
 
 
 def prepare_rows(settings: Settings, model: Model) -> PreparedData:
@@ -140,7 +193,7 @@ def wait_ready(settings: Settings) -> Ready:
     started, patience = time.monotonic(), _patience()
     said = started
     while True:
-        ready = read_ready(Path(settings.run.dir), job_identity())
+        ready = read_ready(Path(settings.run.dir), _job())
         missing = _missing(settings, ready)
         if ready is not None and not missing:
             return ready
@@ -173,6 +226,8 @@ def _missing(settings: Settings, ready: Ready | None) -> str:
         return f"the settings of rank 0 in {run_dir / CONFIG}, which are not those of this rank"
     if not is_prepared(run_dir / "data"):
         return f"the rows in {run_dir / 'data'}"
+    if not ready.finished and ready.resume_from is not None and not is_checkpoint(ready.resume_from):
+        return f"the checkpoint {ready.resume_from}"
     return "" if is_checkpoint(ready.checkpoint) else f"the converted checkpoint {ready.checkpoint}"
 
 
@@ -180,7 +235,10 @@ def read_ready(run_dir: Path, job: str | None = None) -> Ready | None:
     """What :func:`make_ready` left in ``run_dir``: in the job of that identity, or with None in any; else None."""
     try:
         content = json.loads((run_dir / READY).read_text(encoding="utf-8"))
-        ready = Ready(Path(content["checkpoint"]), content["finished"])
+        resume_from = content["resume_from"]
+        ready = Ready(
+            Path(content["checkpoint"]), content["finished"], None if resume_from is None else Path(resume_from)
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return ready if job is None or content.get("job") == job else None
@@ -193,15 +251,21 @@ def _holds(settings: Settings) -> bool:
         return False
 
 
-def import_model(settings: Settings, model: Model) -> Path:
-    """Convert the model to a NeMo checkpoint unless that was done before.
+def import_model(settings: Settings, model: Model, weights: bool = True) -> Path:
+    """Convert the model to a NeMo checkpoint unless that was done before; then check that its files are as they were.
+
+    Args:
+        settings: the run.
+        model: of :func:`open_model`.
+        weights: whether its weights are going to be used, so they are to be read through as well.
 
     Raises:
-        ValueError: ``model.imported`` is a folder of something else, or the model cannot be converted.
+        ValueError: ``model.imported`` is a folder of something else, or damaged, or the model cannot be converted.
         RuntimeError: the conversion failed otherwise.
     """
     target = imported_folder(settings.model, model.folder)
     if is_checkpoint(target):
+        _check_imported(target, weights)
         return target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"model.imported={target} is neither a NeMo checkpoint nor an empty or new folder")
@@ -215,9 +279,14 @@ def import_model(settings: Settings, model: Model) -> Path:
     return target
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds a whole NeMo checkpoint: one converted here, or one that NeMo saved."""
-    return (folder / MANIFEST).is_file() or ((folder / "weights").is_dir() and (folder / "context").is_dir())
+def _check_imported(folder: Path, weights: bool) -> None:
+    if not (folder / SUMS).is_file():
+        warnings.warn(f"{folder} has no {SUMS}: it is not known whether its files are whole", stacklevel=1)
+        return
+    found = faults(folder, lambda name: weights or not name.startswith("weights/"))
+    if found:
+        listed = "\n  ".join(found)
+        raise ValueError(f"the converted checkpoint {folder} is damaged; remove it to convert anew:\n  {listed}")
 
 
 def check_machine(settings: Settings) -> None:
@@ -240,8 +309,15 @@ def check_machine(settings: Settings) -> None:
         raise ValueError(f"trainer.gpus_per_node={wanted}: this machine has {there}")
 
 
-def check_run_dir(settings: Settings) -> None:
+def check_run_dir(settings: Settings, allow_change: bool = False) -> list[str]:
     """Refuse a ``run.dir`` that belongs to another run.
+
+    Args:
+        settings: the run.
+        allow_change: take a folder of another configuration, but for what a checkpoint cannot follow.
+
+    Returns:
+        The settings that differ, one line each; empty unless ``allow_change``.
 
     Raises:
         ValueError: with the settings that differ.
@@ -250,13 +326,22 @@ def check_run_dir(settings: Settings) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run.dir={folder} is a file")
     checkpoints = checkpoints_in(folder)
+    different: list[str] = []
     if (folder / CONFIG).is_file():
-        different = compose.difference(compose.load(folder / CONFIG), settings, ignore=MAY_DIFFER)
-        if different:
+        old = compose.load(folder / CONFIG)
+        different = compose.difference(old, settings, ignore=(*MAY_DIFFER, *LAYOUT))
+        fixed = compose.difference(old, settings, ignore=[key for key in known_keys() if key not in FIXED])
+        if checkpoints and fixed and allow_change:
+            listed = "\n  ".join(fixed)
+            raise ValueError(
+                f"run.dir={folder} holds checkpoints whose optimizer state is of another form; choose another run.dir, "
+                f"or go back to these settings (--allow-config-change cannot change them):\n  {listed}"
+            )
+        if different and not allow_change:
             listed = "\n  ".join(different)
             raise ValueError(
-                f"run.dir={folder} holds a run with another configuration; choose another run.dir, or go "
-                f"back to its settings:\n  {listed}"
+                f"run.dir={folder} holds a run with another configuration; choose another run.dir, go back to its "
+                f"settings, or accept the change with --allow-config-change:\n  {listed}"
             )
     elif checkpoints:
         raise ValueError(f"run.dir={folder} holds checkpoints but no {CONFIG}: it is not known what they belong to")
@@ -264,26 +349,35 @@ def check_run_dir(settings: Settings) -> None:
         raise ValueError(
             f"run.resume=false, but run.dir={folder} holds checkpoints: choose another run.dir, or run.resume=true"
         )
+    return different
 
 
-def checkpoints_in(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = []
-    for path in (run_dir / "checkpoints").glob("*"):
-        # NeMo puts a file `<name>-unfinished` beside a checkpoint until all ranks have written their part.
-        unfinished = path.with_name(path.name + "-unfinished").exists()
-        if is_checkpoint(path) and not unfinished:
-            found.append((_steps_done(path), path.stat().st_mtime_ns, path))
-    return [path for *_, path in sorted(found)]
+def check_data(settings: Settings, model: Model, allow_change: bool) -> list[str]:
+    """Refuse rows or a tokenizer that changed since the run's checkpoints were made, under the same names or others.
+
+    Returns:
+        What changed, one line each; empty unless ``allow_change``.
+
+    Raises:
+        ValueError: naming the files.
+    """
+    changed = source_changes(settings, model.tokenizer)
+    if changed and not allow_change:
+        listed = "\n  ".join(changed)
+        raise ValueError(
+            f"run.dir={settings.run.dir} holds checkpoints of a run on other data; choose another run.dir, put the "
+            f"files back, or accept the change with --allow-config-change:\n  {listed}"
+        )
+    return changed
 
 
-def is_finished(settings: Settings) -> bool:
-    """Whether the run's newest checkpoint is that of its last step."""
-    checkpoints = checkpoints_in(Path(settings.run.dir))
-    return bool(checkpoints) and _steps_done(checkpoints[-1]) >= settings.trainer.max_steps
-
-
-def _steps_done(checkpoint: Path) -> int:
-    """Optimizer steps before a checkpoint, by its name: NeMo counts from 0, so step=3 was saved after the fourth."""
-    digits = checkpoint.name.partition("step=")[2].partition("-")[0]
-    return int(digits) + 1 if digits.isdigit() else 0
+def save_config(settings: Settings) -> None:
+    """Write ``config.yaml``; another one that was there is kept as ``config.<number>.yaml``, the oldest being 1."""
+    path = Path(settings.run.dir) / CONFIG
+    if path.is_file() and compose.load(path) != settings:
+        number = 1
+        while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+            number += 1
+        with replacing(kept) as temporary:
+            temporary.write_bytes(path.read_bytes())
+    compose.save(settings, path)

@@ -112,8 +112,13 @@ class LossSettings:
     """A confident conflict has a normalised entropy below this."""
     fused_linear: bool | Literal["auto"] = "auto"
     """Compute output layer and loss together, without holding the logits of all tokens, for one matrix product of the
-    output layer more. ``auto``: where the logits of one micro-batch and their gradient would take more than a tenth
-    of the memory of a rank (:mod:`nemo_eaft.logits_memory`). Not for LoRA on the output layer, nor for ``stock``."""
+    output layer more, or, with one tensor-parallel rank and no virtual pipeline, for its weight's gradient held in
+    float32 from forward to backward. ``auto``: where the logits of one micro-batch and their gradient would take more
+    than a tenth of the memory of a rank (:mod:`nemo_eaft.logits_memory`). Not for LoRA on the output layer, nor for
+    ``stock``."""
+    check_replicas: int = 0
+    """Every so many steps, beginning with the first, compare the rows that the ranks of one copy of the model were
+    given (:mod:`nemo_eaft.replicas`); 0: never."""
 
     def __post_init__(self) -> None:
         with warnings.catch_warnings(record=True) as said:
@@ -126,6 +131,7 @@ class LossSettings:
             # `stock` is no gate of EAFTConfig, but the name that the user gave.
             text = str(warning.message).replace("gate='none'", f"gate={self.gate!r}")
             _warn(f"loss.{text}")
+        _at_least("loss.check_replicas", self.check_replicas, 0, " (0: never)")
         if self.fused_linear is True and self.gate == "stock":
             raise ValueError(
                 "loss.fused_linear=true with loss.gate=stock: Megatron's own loss needs the logits; allowed are false "
@@ -272,12 +278,21 @@ class RunSettings:
     """Name shown in TensorBoard and W&B. null: the last part of ``run.dir``."""
     wandb_project: str | None = None
     """Project in Weights & Biases; null: do not use it."""
+    max_restarts: int = 0
+    """How often ``nemo-eaft train`` starts all ranks again after one has failed, each time from the newest checkpoint.
+    Under a ``torchrun`` of your own its ``--max-restarts`` counts."""
+    stall_seconds: int | None = 900
+    """When a rank has done nothing for so long, the job ends and the stuck rank and its stack are named. More than
+    the longest micro-batch or save, and less than the time after which the backend itself ends a collective, usually
+    1800 s. 0 or null: never."""
 
     def __post_init__(self) -> None:
         for key in ("dir", "name", "wandb_project"):
             value = getattr(self, key)
             if value is not None and not value.strip():
                 raise ValueError(f"run.{key} is empty")
+        _at_least("run.max_restarts", self.max_restarts, 0)
+        _at_least("run.stall_seconds", self.stall_seconds, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

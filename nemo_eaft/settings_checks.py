@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def check_together(settings: Settings) -> None:
             (``model_parallel_config.py``, ``pipeline_parallel/schedules.py``), found before any process
             starts.
     """
+    _check_texts(settings)
     parallel, trainer, data = settings.parallel, settings.trainer, settings.data
     world = settings.world_size
     if world % parallel.model_ranks:
@@ -49,6 +51,11 @@ def check_together(settings: Settings) -> None:
         raise ValueError(
             f"parallel.expert={parallel.expert} with parallel.tensor={parallel.tensor} needs parallel.sequence=true"
         )
+    if settings.run.backend == "cpu" and parallel.expert > 1 and parallel.tensor > 1:
+        raise ValueError(
+            f"parallel.expert={parallel.expert} with parallel.tensor={parallel.tensor} and run.backend=cpu: "
+            f"Megatron-Core gathers pieces of different sizes then, which gloo cannot; allowed is 1 for either"
+        )
     # NeMo pads a batch to a multiple of 16 but never beyond seq_length, so a batch may be exactly seq_length long.
     unit = settings.sequence_unit
     for key, length in (("trainer.seq_length", trainer.seq_length), ("data.packed_size", data.packed_size)):
@@ -58,15 +65,23 @@ def check_together(settings: Settings) -> None:
                 f"parallel.sequence={str(parallel.sequence).lower()}, "
                 f"parallel.tensor={parallel.tensor}, parallel.context={parallel.context}"
             )
-    if settings.run.backend == "cpu" and parallel.context > 1:
-        raise ValueError(
-            f"parallel.context={parallel.context} with run.backend=cpu: Megatron-Core's own attention has no context "
-            f"parallelism, Transformer Engine's needs a GPU; allowed is 1"
-        )
     if data.packed:
         _validate_packed(settings)
     if data.validation is None and trainer.val_every not in (0, type(trainer).val_every):
         warnings.warn(f"trainer.val_every={trainer.val_every} has no effect without data.validation", stacklevel=1)
+
+
+def _check_texts(settings: Settings) -> None:
+    """Names end up in paths and in lines of a log."""
+    for group in fields(settings):
+        values = getattr(settings, group.name)
+        for entry in fields(values):
+            value = getattr(values, entry.name)
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"{group.name}.{entry.name}={value!r} holds a character that cannot be printed")
+    name = settings.run.name
+    if name is not None and (set(name) & set("/\\") or name in (".", "..")):
+        raise ValueError(f"run.name={name!r} must be a name, without / and \\; run.dir is the folder of the run")
 
 
 def _validate_packed(settings: Settings) -> None:

@@ -13,18 +13,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_eaft.checkpoints import FOLDER
 from nemo_eaft.convert import MANIFEST
 from nemo_eaft.data import build_module
-from nemo_eaft.ready import checkpoints_in
 from nemo_eaft.settings import Settings
 
 
-def run_training(settings: Settings, checkpoint: Path) -> None:
-    """Train on this rank until `trainer.max_steps`, from `checkpoint` (imported) or this run's newest checkpoint.
+def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None) -> None:
+    """Train on this rank until `trainer.max_steps`.
 
-    Every rank of the job calls it. With `run.backend=cpu`, before NeMo is imported in this process.
+    Every rank of the job calls it, with the same arguments. With `run.backend=cpu`, before NeMo is imported in this
+    process.
+
+    settings: the run. What it says of the optimizer and its schedule holds, whatever the checkpoint was made with.
+    checkpoint: the imported model; its weights are where a new run starts.
+    resume_from: the checkpoint of this run to go on from; None: a new run.
 
     Raises:
+        RuntimeError: ranks were given different checkpoints.
         ValueError: settings and checkpoint do not fit each other.
     """
     if settings.run.backend == "cpu":
@@ -41,8 +47,13 @@ def run_training(settings: Settings, checkpoint: Path) -> None:
 
     from nemo_eaft.logits_memory import choose_fused_linear
     from nemo_eaft.nemo import EAFTCallback, true_vocab_size
-    from nemo_eaft.resume import KeepDataOrder
+    from nemo_eaft.restart import store_of_this_attempt
+    from nemo_eaft.resume import KeepDataOrder, KeepSchedule, RepeatValidation, SameStart
+    from nemo_eaft.stop_callback import StopOnRequest
+    from nemo_eaft.watchdog_callback import EndStalled
+    from nemo_eaft.writer import end_writer_with_rank
 
+    end_writer_with_rank()
     run_dir = Path(settings.run.dir)
     model = build_model(settings, checkpoint)
     vocab_size = imported_vocab_size(checkpoint) or true_vocab_size(model)
@@ -50,7 +61,8 @@ def run_training(settings: Settings, checkpoint: Path) -> None:
     if why is not None:
         logging.info(f"EAFT: {why}")
     trainer = build_trainer(settings)
-    trainer.callbacks.append(KeepDataOrder())
+    trainer.strategy.store = store_of_this_attempt()
+    trainer.callbacks += [SameStart(resume_from), KeepDataOrder(), KeepSchedule()]
     trainer.callbacks.append(
         EAFTCallback(
             settings.loss.eaft_config(),
@@ -58,14 +70,22 @@ def run_training(settings: Settings, checkpoint: Path) -> None:
             vocab_size=vocab_size,
             fused_linear=fused_linear,
             measure_only=settings.loss.gate == "stock",
+            check_replicas=settings.loss.check_replicas,
+            # The whole configuration was compared before the ranks were started.
+            allow_config_change=True,
         )
     )
+    trainer.callbacks.append(RepeatValidation(run_dir / "metrics.jsonl"))
+    if settings.run.stall_seconds:
+        trainer.callbacks.append(EndStalled(run_dir, settings.run.stall_seconds))
+    # After what records the step: it saves.
+    trainer.callbacks.append(StopOnRequest(run_dir))
     llm.finetune(
         model=model,
         data=build_module(settings, run_dir / "data", model.tokenizer),
         trainer=trainer,
         log=build_logger(settings, run_dir),
-        resume=build_resume(settings, run_dir, checkpoint),
+        resume=build_resume(checkpoint, resume_from),
         optim=build_optimizer(settings),
         tokenizer="model",
     )
@@ -77,16 +97,15 @@ def imported_vocab_size(checkpoint: Path) -> int | None:
     return int(json.loads(manifest.read_text())["vocab_size"]) if manifest.is_file() else None
 
 
-def build_resume(settings: Settings, run_dir: Path, checkpoint: Path) -> Any:
-    """NeMo's AutoResume: the run's newest complete checkpoint if there is one, else the imported weights.
+def build_resume(checkpoint: Path, resume_from: Path | None) -> Any:
+    """NeMo's AutoResume: a checkpoint of the run if there is one, else the imported weights.
 
     The checkpoint is named, not searched for: NeMo's search takes `*-last` alone and starts anew where it finds none.
     """
     import nemo.lightning as nl
 
-    there = checkpoints_in(run_dir) if settings.run.resume else []
-    if there:
-        return nl.AutoResume(resume_if_exists=True, resume_from_path=str(there[-1]))
+    if resume_from is not None:
+        return nl.AutoResume(resume_if_exists=True, resume_from_path=str(resume_from))
     return nl.AutoResume(
         resume_if_exists=False,
         resume_ignore_no_checkpoint=True,
@@ -207,6 +226,8 @@ def build_trainer(settings: Settings) -> Any:
         gradient_as_bucket_view=True,
         # A save that goes on in the background could be cut short by the end of the job.
         ckpt_async_save=False,
+        # Otherwise the distributed optimizer's state can be loaded under the same TP and PP only.
+        ckpt_optim_fully_reshardable=True,
         replace_progress_bar=False,
     )
     validate = settings.data.validation is not None and trainer.val_every > 0
@@ -235,10 +256,12 @@ def build_logger(settings: Settings, run_dir: Path) -> Any:
     import nemo.lightning as nl
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
+    from nemo_eaft.model_checkpoint import ModelCheckpoint
+
     run, trainer = settings.run, settings.trainer
     name = run.name or run_dir.name
-    checkpoints = nl.ModelCheckpoint(
-        dirpath=str(run_dir / "checkpoints"),
+    checkpoints = ModelCheckpoint(
+        dirpath=str(run_dir / FOLDER),
         filename="{step}",
         monitor="step",
         mode="max",
@@ -249,7 +272,6 @@ def build_logger(settings: Settings, run_dir: Path) -> Any:
         # Otherwise every validation saves as well.
         save_on_train_epoch_end=True,
         save_optim_on_train_end=True,
-        always_save_context=True,
     )
     wandb = WandbLogger(project=run.wandb_project, name=name) if run.wandb_project else None
     return nl.NeMoLogger(

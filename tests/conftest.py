@@ -19,6 +19,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: let torch.empty of the package return what memory holds")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Rows of more than four ranks run only where they are asked for by their mark."""
+    if "matrix" in config.option.markexpr:
+        return
+    large = [item for item in items if item.get_closest_marker("matrix") is not None]
+    config.hook.pytest_deselected(items=large)
+    items[:] = [item for item in items if item not in large]
+
+
 @pytest.fixture(autouse=True)
 def _poison(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("unpoisoned") is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import types
@@ -15,59 +14,13 @@ import pytest
 import torch
 
 from nemo_eaft import cli, launch, ready
+from nemo_eaft.checkpoints import checkpoints_in
 from nemo_eaft.compose import compose, save
 from nemo_eaft.convert import MANIFEST
-from nemo_eaft.hf_model import imported_folder
 from nemo_eaft.settings import known_keys
-from tests.data.support import chat, make_tokenizer, write_jsonl
+from tests.commands import home, make_checkpoint, run, started  # noqa: F401, fixtures
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a tiny Llama's configuration and tokenizer, rows, and an import that lies ready."""
-    from transformers import LlamaConfig
-
-    model = tmp_path / "model"
-    config = LlamaConfig(
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, vocab_size=512
-    )
-    config.save_pretrained(model)
-    make_tokenizer().save_pretrained(model)
-    rows = [{"messages": chat(f"Question {n}?", f"Answer {n}.")} for n in range(4)]
-    write_jsonl(tmp_path / "train.jsonl", rows)
-    write_jsonl(tmp_path / "validation.jsonl", rows)
-    (tmp_path / "imported").mkdir()
-    (tmp_path / "imported" / MANIFEST).write_text("{}")
-    (tmp_path / "own.yaml").write_text(
-        f"model: {{hf: '{model}', imported: '{tmp_path}/imported'}}\n"
-        f"data: {{train: '{tmp_path}/train.jsonl', validation: '{tmp_path}/validation.jsonl'}}\n"
-        "trainer: {max_steps: 2, gpus_per_node: 2, global_batch_size: 4, seq_length: 64}\n"
-        f"run: {{dir: '{tmp_path}/run', backend: cpu}}\n"
-    )
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The arguments of every launch, instead of one."""
-    calls: list[list[str]] = []
-
-    def record(settings: Any, arguments: list[str]) -> int:
-        calls.append(arguments)
-        return 0
-
-    monkeypatch.setattr(launch, "run_local", record)
-    return calls
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = cli.main([*arguments])
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 def test_train_checks_prepares_and_launches(
@@ -157,22 +110,14 @@ def test_a_run_dir_with_another_configuration(
     assert set(ready.MAY_DIFFER) <= set(known_keys())
 
 
-def make_checkpoint(path: Path, unfinished: bool = False) -> Path:
-    for part in ("weights", "context"):
-        (path / part).mkdir(parents=True)
-    if unfinished:
-        path.with_name(path.name + "-unfinished").touch()
-    return path
-
-
 def test_checkpoints_of_a_run_are_found_in_order(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     for name in ("step=9", "step=10", "step=100-last"):
         make_checkpoint(folder / name)
     make_checkpoint(folder / "step=200", unfinished=True)
     (folder / "step=300").mkdir()
-    assert [path.name for path in ready.checkpoints_in(tmp_path)] == ["step=9", "step=10", "step=100-last"]
-    assert ready.checkpoints_in(tmp_path / "nowhere") == []
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step=9", "step=10", "step=100-last"]
+    assert checkpoints_in(tmp_path / "nowhere") == []
 
 
 def test_checkpoints_are_neither_ignored_nor_taken_for_ones_own(
@@ -183,6 +128,8 @@ def test_checkpoints_are_neither_ignored_nor_taken_for_ones_own(
     code, _, err = run(capsys, "train", conf)
     assert code == 2
     assert "holds checkpoints but no config.yaml" in err
+    assert run(capsys, "import", "--data", conf)[0] == 2
+    ready.prepare_rows(compose(conf), ready.open_model(compose(conf)))
     save(compose(conf), home / "run" / "config.yaml")
     code, _, err = run(capsys, "train", conf, "run.resume=false")
     assert code == 2
@@ -206,15 +153,15 @@ def test_under_torchrun_it_joins(
 ) -> None:
     from nemo_eaft import train
 
-    trained: list[Path] = []
-    monkeypatch.setattr(train, "run_training", lambda settings, checkpoint: trained.append(checkpoint))
+    trained: list[tuple[Path, Path | None]] = []
+    monkeypatch.setattr(train, "run_training", lambda settings, *where: trained.append(where))
     monkeypatch.setattr(launch, "run_local", lambda *_: pytest.fail("a rank must not launch"))
     conf = str(home / "own.yaml")
     for rank in "01":  # rank 1 finds what rank 0 made ready
         for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)):
             monkeypatch.setenv(name, value)
         assert cli.run_rank([conf]) == 0
-    assert trained == [home / "imported"] * 2
+    assert trained == [(home / "imported", None)] * 2
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -254,7 +201,8 @@ def test_a_rank_waits_for_rank_0_of_its_own_job(home: Path, monkeypatch: pytest.
     monkeypatch.setattr("nemo_eaft.ready.time.sleep", rank_0_at_work)
     # The model's files look another way from this machine: it is rank 0 that names the checkpoint.
     os.utime(home / "model" / "config.json", (1, 1))
-    assert ready.wait_ready(settings) == ready.Ready(home / "imported", finished=True)
+    resume_from = home / "run" / "checkpoints" / "step=1"
+    assert ready.wait_ready(settings) == ready.Ready(home / "imported", True, resume_from)
     assert len(waits) == 1
 
 
@@ -294,7 +242,7 @@ def test_a_finished_run_trains_on_no_rank(home: Path, monkeypatch: pytest.Monkey
     from nemo_eaft import train
 
     settings = compose(str(home / "own.yaml"))
-    save(settings, home / "run" / "config.yaml")
+    ready.make_ready(settings)
     checkpoint = make_checkpoint(home / "run" / "checkpoints" / "step=1")
     ready.make_ready(settings)
     if rank == "1":  # what it sees itself does not count
@@ -348,7 +296,7 @@ def test_a_warning_is_one_line() -> None:
 def test_a_failure_in_training_leaves_the_cause(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_eaft import train
 
-    def fail(settings: Any, checkpoint: Path) -> None:
+    def fail(settings: Any, checkpoint: Path, resume_from: Path | None) -> None:
         int("a library's ValueError is not the user's fault")
 
     monkeypatch.setattr(train, "run_training", fail)
@@ -387,117 +335,3 @@ def test_import_uses_the_backend_of_this_machine(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         convert.run_in_own_process(["to-nemo"])
     assert [command[3:5] for command in commands] == [["--backend", "cpu"], ["--backend", "cuda"]]
-
-
-@pytest.fixture
-def converted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], str | None]]:
-    from nemo_eaft import convert
-
-    calls: list[tuple[list[str], str | None]] = []
-    monkeypatch.setattr(
-        convert, "run_in_own_process", lambda arguments, backend=None: calls.append((arguments, backend))
-    )
-    return calls
-
-
-def test_export_takes_the_newest_checkpoint_of_a_run(
-    home: Path, started: list[list[str]], converted: list[Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(capsys, "train", str(home / "own.yaml"))
-    for name in ("step=9", "step=10"):
-        make_checkpoint(home / "run" / "checkpoints" / name)
-    (home / "imported" / "hf").mkdir()
-    (home / "imported" / "hf" / "config.json").write_text("{}")
-    expected = [
-        "to-hf",
-        str(home / "run" / "checkpoints" / "step=10"),
-        str(home / "out"),
-        str(home / "imported" / "hf"),
-    ]
-    assert run(capsys, "export", str(home / "run"), str(home / "out"))[0] == 0
-    assert converted == [(expected, None)]  # what this machine has
-    assert run(capsys, "export", str(home / "run" / "checkpoints" / "step=9"), str(home / "out"))[0] == 0
-    assert converted[1][0][1].endswith("step=9")
-
-
-def test_export_needs_nothing_but_the_checkpoint(
-    home: Path, converted: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its own copy of the configuration comes first: no run.dir, no model, no hub, from any folder."""
-    checkpoint = make_checkpoint(home / "moved" / "step=9")
-    (checkpoint / "context" / "hf").mkdir()
-    (checkpoint / "context" / "hf" / "config.json").write_text("{}")
-    monkeypatch.chdir(home / "moved")
-    assert run(capsys, "export", "step=9", "out", "--backend", "cpu")[0] == 0
-    assert converted == [(["to-hf", str(checkpoint), "out", "step=9/context/hf"], "cpu")]
-
-
-def test_export_after_the_model_has_changed(
-    home: Path,
-    started: list[list[str]],
-    converted: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The import is the one that the run was made with, which it remembers, and not the one of the model now."""
-    monkeypatch.setenv("NEMO_EAFT_HOME", str(home / "cache"))
-    conf = home / "own.yaml"
-    conf.write_text(conf.read_text().replace(f", imported: '{home}/imported'", ""))
-    made = imported_folder(compose(str(conf)).model, home / "model")
-    (made / "hf").mkdir(parents=True)
-    (made / MANIFEST).write_text("{}")
-    (made / "hf" / "config.json").write_text("{}")
-    assert run(capsys, "train", str(conf))[0] == 0
-    make_checkpoint(home / "run" / "checkpoints" / "step=1")
-    shutil.rmtree(home / "model")
-    code, _, err = run(capsys, "export", str(home / "run"), str(home / "out"))
-    assert code == 0, err
-    assert converted[0][0][-1] == str(made / "hf")
-
-
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        (["{0}/nowhere", "{0}/out"], "nowhere: no such folder"),
-        (["{0}/model", "{0}/out"], "neither a complete NeMo checkpoint nor a run with one"),
-        (["{0}/imported", "{0}/model"], "exists and is not an empty folder"),
-        (["{0}/imported", "{0}/out"], "--hf: "),
-        (["{0}/imported", "{0}/out", "--hf", "{0}/nowhere"], "no config.json there"),
-    ],
-)
-def test_export_of_nothing(
-    home: Path, converted: list[Any], capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
-) -> None:
-    code, _, err = run(capsys, "export", *[argument.format(home) for argument in arguments])
-    assert code == 2
-    assert named in err
-    assert converted == []
-    assert not (home / "out").exists()
-
-
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", "demo", "--fast"], ["export", "x"]])
-def test_wrong_usage_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        cli.main(arguments)
-    assert end.value.code == 2
-    assert "usage: nemo-eaft" in capsys.readouterr().err
-
-
-def test_as_a_program() -> None:
-    """One process of its own: the exit code reaches the shell, and help does not wait for NeMo."""
-    program = [sys.executable, "-m", "nemo_eaft.cli"]
-    wrong = subprocess.run(
-        [*program, "train", "demo", "trainer.max_stpes=5"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-    )
-    assert wrong.returncode == 2
-    assert "did you mean trainer.max_steps?" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
-    code = "import sys; from nemo_eaft import cli\ntry: cli.main(['--help'])\nfinally:\n"
-    code += "    assert not {'nemo', 'megatron', 'transformers', 'hydra'} & set(sys.modules), 'help is slow'"
-    helped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert helped.returncode == 0, helped.stderr
-    assert {"import", "train", "export"} <= set(helped.stdout.split())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,9 @@ def test_jobs_are_told_apart_and_ranks_are_not() -> None:
     elastic = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0"}
     # Machines count restarts each for itself, so the count is no part of what all ranks share.
     assert job_identity(elastic) == job_identity(elastic | {"TORCHELASTIC_RESTART_COUNT": "1", "RANK": "1"}) != ""
+    # On one machine they count together: what the ranks before a restart left is not for those after it.
+    alone = elastic | {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
+    assert job_identity(alone) != job_identity(alone | {"TORCHELASTIC_RESTART_COUNT": "1"})
     # torchrun without a run id, on one machine and on two.
     one = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
     logs = [
@@ -159,6 +163,23 @@ def test_jobs_are_told_apart_and_ranks_are_not() -> None:
 def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     write_error(tmp_path / "run", 0, caught(lambda: 1 / 0))
     assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_shows_the_traceback_and_the_killed_rank_as_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that fails within the second in which the agent sees the killed one is dated after it."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    path = tmp_path / "torchrun.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    write_error(tmp_path, 0, caught(lambda: 1 / 0))
+    peer = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(path))
+    told: Any = peer.message  # torch says str, and means a dict where there is a file
+    assert told["message"] == "ZeroDivisionError: division by zero"
+    assert "1 / 0" in told["extraInfo"]["py_callstack"]
+    killed = ProcessFailure(local_rank=1, pid=2, exitcode=-9, error_file=str(tmp_path / "none"))
+    assert ChildFailedError("train", {0: peer, 1: killed}).get_first_failure()[0] == 1
 
 
 def test_an_error_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
@@ -194,6 +215,14 @@ RANK = """
         elif word == "vanish":
             import os
             os._exit(7)
+        elif word == "killed":
+            import os, signal
+            (Path(run_dir) / "going").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif word == "notice":
+            while not (Path(run_dir) / "going").exists():
+                time.sleep(0.001)
+            raise RuntimeError("connection closed by peer")
     except Exception as error:
         write_error(Path(run_dir), rank, error)
         raise
@@ -215,6 +244,8 @@ def fake_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("later input", 2, "nemo-eaft: rank 1: trainer.num_nodes=1 x trainer.gpus_per_node=1 = 1 ranks"),
         ("break later", 1, "nemo-eaft: rank 0 failed first: ZeroDivisionError: division by zero"),
         ("vanish sleep", 1, "left no message"),
+        # Its peer fails because of it, and says so at once; the launcher knows better.
+        ("notice killed", 1, "was killed by SIGKILL"),
     ],
 )
 def test_the_launcher_names_the_first_cause(
@@ -226,12 +257,13 @@ def test_the_launcher_names_the_first_cause(
     assert run_local(settings(tmp_path), [str(run_dir), *words.split()], module=fake_rank) == code
     assert (run_dir / "rank0").read_text() == (run_dir / "rank1").read_text() == "2"
     out = capfd.readouterr()
-    assert told in out.err
+    assert told in out.err.strip().splitlines()[-1]
     assert "of an older run" not in out.err
 
 
-@pytest.mark.slow
-def test_a_launcher_that_is_ended_ends_its_ranks(tmp_path: Path, fake_rank: str) -> None:
+@pytest.fixture
+def launcher(tmp_path: Path, fake_rank: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A launcher of two ranks that sleep."""
     code = f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})
@@ -241,23 +273,48 @@ def test_a_launcher_that_is_ended_ends_its_ranks(tmp_path: Path, fake_rank: str)
         folder = Path({str(tmp_path)!r})
         sys.exit(run_local(settings(folder), [str(folder / "run"), "sleep", "sleep"], module="fake_rank"))
     """
-    launcher = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
     try:
         deadline = time.monotonic() + 60
         while not all((tmp_path / "run" / f"rank{n}").exists() for n in (0, 1)):
             assert time.monotonic() < deadline, "the ranks did not start"
-            assert launcher.poll() is None
+            assert process.poll() is None
             time.sleep(0.1)
-        launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(timeout=60) == 1
+        yield process
+        process.kill()
+        # Nothing of the run is left: no process has its folder among its arguments.
+        deadline = time.monotonic() + 20
+        while _processes_with(str(tmp_path / "run")):
+            assert time.monotonic() < deadline, "ranks outlived their launcher"
+            time.sleep(0.2)
     finally:
-        launcher.kill()
-        launcher.wait()
-    # Nothing of the run is left: no process has its folder among its arguments.
+        process.kill()
+        process.wait()
+        for pid in _processes_with(str(tmp_path / "run")):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_launcher_asks_for_a_stop_first_and_ends_its_ranks_when_told_again(
+    launcher: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signals
+) -> None:
+    launcher.send_signal(number)
     deadline = time.monotonic() + 20
-    while _processes_with(str(tmp_path / "run")):
-        assert time.monotonic() < deadline, "ranks outlived their launcher"
-        time.sleep(0.2)
+    while not (tmp_path / "run" / "stop").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert f"{number.name} to the launcher" in (tmp_path / "run" / "stop").read_text()
+    time.sleep(1.0)
+    assert launcher.poll() is None
+    launcher.send_signal(number)
+    assert launcher.wait(timeout=60) == 1
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_leaves_no_ranks(launcher: subprocess.Popen[bytes]) -> None:
+    launcher.kill()
+    launcher.wait()
 
 
 def _processes_with(text: str) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import shutil
@@ -263,148 +262,6 @@ def test_docker_context_holds_what_is_copied() -> None:
     assert {"pyproject.toml", "nemo_eaft", PYPROJECT["project"]["readme"]} <= allowed
 
 
-# --- examples/slurm/train.sbatch ---
-
-RECORDER = """#!{python}
-import json, os, subprocess, sys
-keys = ("CUDA_DEVICE_MAX_CONNECTIONS", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
-keys += ("NEMO_HOME", "NEMO_EAFT_HOME")
-with open(os.environ["RECORD"], "a") as out:
-    env = {{key: os.environ.get(key) for key in keys}}
-    out.write(json.dumps({{"program": "{name}", "words": sys.argv[1:], "env": env}}) + "\\n")
-if "{name}" == "scontrol":
-    print("node7\\nnode8")
-words = sys.argv[1:]
-if "{name}" == "srun" and "bash" in words:
-    # What the second node of the job does with it: its own number, and none of the host's variables changed.
-    sys.exit(subprocess.run(words[words.index("bash"):], env=dict(os.environ, SLURM_NODEID="1")).returncode)
-"""
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> dict[str, str]:
-    """The environment of a batch script, with programs that record how they are called."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("srun", "scontrol", "torchrun"):
-        (folder / name).write_text(RECORDER.format(python=sys.executable, name=name))
-        (folder / name).chmod(0o755)
-    return {
-        "PATH": f"{folder}:/usr/bin:/bin",
-        "RECORD": str(tmp_path / "record"),
-        "IMAGE": "/images/nemo_eaft.sqsh",
-        "DATA": str(tmp_path / "my data"),
-        "RUN": str(tmp_path / "run"),
-        "HF_HOME": str(tmp_path / "hub"),
-        "SLURM_JOB_NODELIST": "node[7-8]",
-        "SLURM_JOB_ID": "123456",
-        "SLURM_NNODES": "2",
-        "SLURM_NODEID": "0",
-        "SLURM_GPUS_ON_NODE": "8",
-    }
-
-
-CALL = ("qwen3-0.6b", "data.train=/data/a b.jsonl", "parallel.tensor=8", "parallel.pipeline=2")
-
-
-def test_sbatch_starts_one_torchrun_per_node(cluster: dict[str, str], tmp_path: Path) -> None:
-    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster)
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in Path(cluster["RECORD"]).read_text().splitlines()]
-    host, converting, training, rank = records
-    assert [record["program"] for record in records] == ["scontrol", "srun", "srun", "torchrun"]
-    assert host["words"] == ["show", "hostnames", "node[7-8]"]
-
-    mounts = f"{cluster['DATA']}:/data,{cluster['RUN']}:/results,{cluster['HF_HOME']}:{cluster['HF_HOME']}"
-    for step in (converting, training):
-        assert [word for word in step["words"] if word.startswith("--container-mounts")] == [
-            f"--container-mounts={mounts}"
-        ]
-        assert f"--container-image={cluster['IMAGE']}" in step["words"]
-        assert step["env"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-
-    settings = [*CALL, "trainer.num_nodes=2", "trainer.gpus_per_node=8", "run.dir=/results"]
-    assert {"--nodes=1", "--ntasks=1"} <= set(converting["words"])
-    assert converting["words"][-len(settings) - 2 :] == ["import", "--data", *settings]
-    assert converting["env"]["HF_HUB_OFFLINE"] is None, "the import could not reach a hub"
-
-    assert "--kill-on-bad-exit=1" in training["words"]
-    assert not [word for word in training["words"] if word.startswith(("--ntasks", "--nodes"))]
-    assert rank["env"]["HF_HUB_OFFLINE"] == rank["env"]["TRANSFORMERS_OFFLINE"] == "1"
-    assert rank["words"] == [
-        "--nnodes=2",
-        "--nproc-per-node=8",
-        "--node-rank=1",  # read inside the task; 0 would be the host's
-        "--rdzv-id=123456",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=node7:{15000 + 123456 % 10000}",
-        "-m",
-        "nemo_eaft.train",
-        *settings,
-    ]
-
-
-def test_sbatch_shares_converted_checkpoints(cluster: dict[str, str], tmp_path: Path) -> None:
-    for shared in (None, str(tmp_path / "shared")):
-        Path(cluster["RECORD"]).unlink(missing_ok=True)
-        more = {} if shared is None else {"NEMO_EAFT_HOME": shared}
-        done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster | more)
-        assert done.returncode == 0, done.stderr
-        _, converting, training, rank = [json.loads(line) for line in Path(cluster["RECORD"]).read_text().splitlines()]
-        expected = "/results/home" if shared is None else shared
-        for step in (converting, training, rank):
-            assert step["env"]["NEMO_EAFT_HOME"] == expected
-            assert step["env"]["NEMO_HOME"] == f"{expected}/nemo"
-        for step in (converting, training):
-            [mounts] = [word for word in step["words"] if word.startswith("--container-mounts=")]
-            assert mounts.endswith(f",{shared}:{shared}") == (shared is not None)
-    assert (tmp_path / "shared").is_dir()
-
-
-def test_sbatch_passes_settings_that_are_accepted(cluster: dict[str, str], tmp_path: Path) -> None:
-    from nemo_eaft.compose import compose
-
-    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster)
-    assert done.returncode == 0, done.stderr
-    words = json.loads(Path(cluster["RECORD"]).read_text().splitlines()[-1])["words"]
-    conf, *overrides = words[words.index("nemo_eaft.train") + 1 :]
-    settings = compose(conf, overrides)
-    assert settings.world_size == 16
-    assert settings.data_parallel == 1
-    # Without what the script adds the same words are refused, on one GPU.
-    with pytest.raises(ValueError, match=r"parallel\.tensor=8"):
-        compose(conf, CALL[1:])
-
-
-@pytest.mark.parametrize("missing", ["IMAGE", "DATA", "RUN", "HF_HOME"])
-def test_sbatch_names_a_missing_variable(cluster: dict[str, str], tmp_path: Path, missing: str) -> None:
-    del cluster[missing]
-    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster)
-    assert done.returncode != 0
-    assert f"set {missing} to" in done.stderr
-    assert not Path(cluster["RECORD"]).exists(), "a step was started"
-
-
-def test_sbatch_needs_a_configuration(cluster: dict[str, str], tmp_path: Path) -> None:
-    done = run("bash", SBATCH, cwd=tmp_path, env=cluster)
-    assert done.returncode == 2
-    assert "usage" in done.stderr
-
-
-def test_sbatch_ends_when_the_import_fails(cluster: dict[str, str], tmp_path: Path) -> None:
-    srun = tmp_path / "bin" / "srun"
-    srun.write_text(f'#!/bin/sh\necho x >> "{tmp_path}/steps"\nexit 3\n')
-    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster)
-    assert done.returncode == 3
-    assert (tmp_path / "steps").read_text() == "x\n"
-
-
-def test_sbatch_asks_for_one_task_per_node() -> None:
-    options = re.findall(r"^#SBATCH (\S+)", SBATCH.read_text(), re.MULTILINE)
-    assert "--ntasks-per-node=1" in options
-    assert {"--exclusive", "--mem=0", "--open-mode=append"} <= set(options)
-
-
 def test_shell_scripts_pass_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if shellcheck is None:
@@ -421,10 +278,10 @@ EXERCISED = {
     "make test": ".ci/run:make test",
     "make install": "Makefile:install",
     "docker build": "tests/test_packaging.py:test_dockerfile_keeps_the_images_packages",
-    "sbatch": "tests/test_packaging.py:test_sbatch_starts_one_torchrun_per_node",
+    "sbatch": "tests/test_sbatch.py:test_sbatch_starts_one_torchrun_per_node",
     "nemo-eaft import": 'tests/test_cli.py:"import"',
     "nemo-eaft train": 'tests/test_cli.py:"train"',
-    "nemo-eaft export": 'tests/test_cli.py:"export"',
+    "nemo-eaft export": 'tests/test_cli_export.py:"export"',
     "torchrun": "tests/test_packaging.py:nemo_eaft.train",
     "pip install": "tests/test_packaging.py:def installed",
 }

@@ -54,7 +54,7 @@ def test_the_names_others_rely_on() -> None:
         "model": "hf",
         "data": "train validation",
         "run": "dir resume backend",
-        "loss": "gate alpha top_k normalizer fused_linear",
+        "loss": "gate alpha top_k normalizer fused_linear check_replicas",
         "parallel": "tensor pipeline virtual_pipeline context expert sequence",
         "trainer": "max_steps num_nodes gpus_per_node micro_batch_size global_batch_size "
         "seq_length learning_rate precision save_every seed",
@@ -86,6 +86,7 @@ def test_loss_settings_and_config_agree() -> None:
         ("loss", {"conflict_probability": 1.5}, "loss.conflict_probability must be a number in [0, 1], got 1.5"),
         ("loss", {"gate": "sigmoid", "gate_slope": 0.0}, "loss.gate_slope must be a finite number above 0, got 0.0"),
         ("loss", {"gate": "stock", "alpha": -1.0}, "loss.alpha must be"),
+        ("loss", {"check_replicas": -1}, "loss.check_replicas=-1 must be 0 or more"),
         ("loss", {"fused_linear": True, "gate": "stock"}, "loss.fused_linear=true with loss.gate=stock"),
         ("parallel", {"tensor": 0}, "parallel.tensor=0 must be 1 or more"),
         (

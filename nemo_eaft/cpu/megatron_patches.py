@@ -8,14 +8,19 @@ from typing import Any
 
 import megatron.core
 import torch
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_eaft.cpu import MEGATRON_VERSION
 from nemo_eaft.cpu.attention import with_packed_sequences
+from nemo_eaft.cpu.context_parallel import allowing_context_parallel, over_whole_sequence
+from nemo_eaft.cpu.experts import splits_as_numbers, use_plain_experts, with_own_norm
 from nemo_eaft.cpu.norm import build_norm
 from nemo_eaft.cpu.optimizer import keeping_step, with_own_steps, with_states, without_step
 from nemo_eaft.cpu.patch import Patch
@@ -33,17 +38,19 @@ _FUSIONS = (
 # Frees a stage's output once it is sent; gloo may still be reading it then (pipeline_parallel/schedules.py).
 _ASYNCHRONOUS = ("deallocate_pipeline_outputs",)
 # Layers whose local form writes other checkpoint names than Transformer Engine's: neither could read the other's.
-_DENSE_ONLY = ("num_moe_experts", "multi_latent_attention")
+_REFUSED = ("multi_latent_attention",)
 
 
 def _for_the_host(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
     def wrapped(self: TransformerConfig) -> None:
-        for field in _DENSE_ONLY:
+        for field in _REFUSED:
             if getattr(self, field, None):
                 raise ValueError(
-                    f"{field}: {getattr(self, field)}; the CPU backend has dense layers only, because Megatron's local "
-                    "layers of this kind write other checkpoint names than Transformer Engine's (gpt_layer_specs.py)"
+                    f"{field}: {getattr(self, field)}; the CPU backend has none, because Megatron's local layers of "
+                    "this kind write other checkpoint names than Transformer Engine's (gpt_layer_specs.py)"
                 )
+        if self.num_moe_experts:
+            use_plain_experts(self)
         for field in _FUSIONS + _ASYNCHRONOUS:
             if hasattr(self, field):
                 setattr(self, field, False)
@@ -90,8 +97,34 @@ def patches() -> list[Patch]:
         Patch(
             owner=DotProductAttention,
             name="forward",
-            value=with_packed_sequences(DotProductAttention.forward),
-            reason="packed sequences are left to Transformer Engine (transformer/dot_product_attention.py:143)",
+            value=over_whole_sequence(with_packed_sequences(DotProductAttention.forward)),
+            reason="packed sequences and context parallelism are left to Transformer Engine "
+            "(transformer/dot_product_attention.py:143)",
+        ),
+        Patch(
+            owner=DotProductAttention,
+            name="__init__",
+            value=allowing_context_parallel(DotProductAttention.__init__),
+            reason="refuses context parallelism (transformer/dot_product_attention.py:58)",
+        ),
+        Patch(
+            owner=gpt_layer_specs,
+            name="get_gpt_layer_local_spec",
+            value=with_own_norm(gpt_layer_specs.get_gpt_layer_local_spec),
+            reason="names the norm before experts as if it were fused with them (models/gpt/gpt_layer_specs.py:306)",
+        ),
+        Patch(
+            owner=MoEAlltoAllTokenDispatcher,
+            name="_maybe_dtoh_and_synchronize",
+            value=splits_as_numbers,
+            reason="copies sizes from the GPU on a stream of its own (transformer/moe/token_dispatcher.py:822)",
+        ),
+        Patch(
+            owner=moe_utils,
+            name="te_general_gemm",
+            value=None,
+            reason="is asked for where Transformer Engine was not imported, too (transformer/moe/moe_utils.py:958)",
+            adds=True,
         ),
         Patch(
             owner=megatron_random,

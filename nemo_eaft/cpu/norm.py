@@ -13,12 +13,16 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-# Norms that Transformer Engine fuses into the linear layer behind them; that layer holds the extra state then.
+# Norms that Transformer Engine fuses into the linear layer behind them; that layer holds the extra state then. In front
+# of experts there is a router, and the norm is a layer of its own (models/gpt/gpt_layer_specs.py).
 FUSED_NORM_NAMES = ("input_layernorm", "pre_mlp_layernorm")
+FUSED_NORM_NAMES_OF_EXPERTS = ("input_layernorm",)
 
 
 class _CheckpointedNorm(torch.nn.Module):
     """Writes the empty `_extra_state` that Transformer Engine's norms expect in a checkpoint, and ignores theirs."""
+
+    fused_names = FUSED_NORM_NAMES
 
     def get_extra_state(self) -> None:
         """Nothing: the entry exists for Transformer Engine's sake."""
@@ -32,7 +36,7 @@ class _CheckpointedNorm(torch.nn.Module):
     ) -> dict[str, Any]:
         """This norm's entries under Megatron's names; replicated on every tensor-parallel rank."""
         state = self.state_dict(prefix="", keep_vars=True)
-        if prefix.rstrip(".").rsplit(".", 1)[-1] in FUSED_NORM_NAMES:
+        if prefix.rstrip(".").rsplit(".", 1)[-1] in self.fused_names:
             state.pop("_extra_state", None)
         return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
 
@@ -72,6 +76,8 @@ def build_norm(
     if config.memory_efficient_layer_norm:
         raise ValueError("memory_efficient_layer_norm: True; the CPU backend has none (it is Apex's)")
     norm = kinds[config.normalization](hidden_size, eps=eps)
+    if config.num_moe_experts:
+        norm.fused_names = FUSED_NORM_NAMES_OF_EXPERTS
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel
     return norm

@@ -1,4 +1,4 @@
-"""Replacing an attribute of an upstream library, reversibly and with a reason.
+"""Replacing an attribute of an upstream library, or adding one that it forgot, reversibly and with a reason.
 
 Every change that the CPU backend makes to torch, Megatron-Core or NeMo is one `Patch`: what is replaced, by what, and
 which upstream assumption it answers. Applying a patch whose target does not exist is an error, because then upstream
@@ -16,18 +16,20 @@ _MISSING = object()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Patch:
-    """One replaced attribute.
+    """One replaced attribute, or one added.
 
     owner: module or class that holds the attribute.
     name: the attribute.
     value: what stands there while the CPU backend is on.
     reason: upstream file, version and assumption that this answers.
+    adds: the attribute must not be there yet.
     """
 
     owner: Any
     name: str
     value: Any
     reason: str
+    adds: bool = False
 
     def __str__(self) -> str:
         owner = getattr(self.owner, "__qualname__", None) or getattr(self.owner, "__name__", repr(self.owner))
@@ -50,15 +52,17 @@ class PatchSet:
         """Apply `patches` in order.
 
         Raises:
-            RuntimeError: upstream no longer has one of the targets; it is named, and none of `patches` is applied.
+            RuntimeError: upstream no longer has one of the targets, or has one that was to be added; it is named, and
+                none of `patches` is applied.
         """
         for patch in patches:
-            if not hasattr(patch.owner, patch.name):
-                raise RuntimeError(f"The CPU backend expects an attribute that is not there: {patch}")
+            if hasattr(patch.owner, patch.name) == patch.adds:
+                there = "expects no attribute that is there" if patch.adds else "expects an attribute that is not there"
+                raise RuntimeError(f"The CPU backend {there}: {patch}")
         for patch in patches:
             # vars(), not getattr: an inherited attribute must be deleted again, and a staticmethod kept as one.
             before = vars(patch.owner).get(patch.name, _MISSING)
-            self._undo.append((patch, before, getattr(patch.owner, patch.name)))
+            self._undo.append((patch, before, getattr(patch.owner, patch.name, _MISSING)))
             setattr(patch.owner, patch.name, patch.value)
 
     def bypassed(self, packages: tuple[str, ...]) -> list[str]:
@@ -66,7 +70,8 @@ class PatchSet:
 
         A module that ran `from owner import name` before the patch holds the original, and would go on calling it.
         """
-        originals = {id(seen): patch for patch, _, seen in self._undo}
+        # True, None and numbers are the same object everywhere.
+        originals = {id(seen): patch for patch, _, seen in self._undo if callable(seen)}
         found = []
         for module_name, module in list(sys.modules.items()):
             if module_name.split(".")[0] not in packages:

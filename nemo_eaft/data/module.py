@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nemo.collections.llm.gpt.data.core import GPTSFTChatDataset
+from nemo.collections.llm.gpt.data.core import GPTSFTChatDataset, GPTSFTPackedDataset
 from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
 from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
+from torch.utils.data import Dataset
 
 from nemo_eaft.data.packing import PACKED_NAMES, metadata_path
 from nemo_eaft.data.prepare import read_prepared
@@ -33,8 +34,27 @@ class TokenRows(GPTSFTChatDataset):
             "loss_mask": loss_mask,
             "context_ids": input_ids[:context],
             "answer_ids": input_ids[context:],
-            "metadata": {},
+            "metadata": {"line": example["line"]},
         }
+
+
+class NumberedPacks(Dataset[dict[str, Any]]):
+    """NeMo's packed data set; a batch also says which packs it holds, counted from 0."""
+
+    def __init__(self, packs: GPTSFTPackedDataset) -> None:
+        self.packs = packs
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        mapping = self.packs.samples_mapping
+        number = int(index if mapping is None else mapping[index])
+        return self.packs[index] | {"metadata": {"pack": number}}
+
+    def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
+        """NeMo's batch, with `metadata`."""
+        return self.packs.collate_fn(batch) | {"metadata": [item["metadata"] for item in batch]}
 
 
 class PreparedDataModule(FineTuningDataModule):
@@ -51,7 +71,7 @@ class PreparedDataModule(FineTuningDataModule):
     ) -> Any:
         if Path(path).suffix == ".npy":
             # NeMo keeps one metadata file for both packs and appends to it; here each pack has its own.
-            return super()._create_dataset(path, metadata_path(Path(path)), is_test, **kwargs)
+            return NumberedPacks(super()._create_dataset(path, metadata_path(Path(path)), is_test, **kwargs))
         return TokenRows(
             file_path=str(path),
             tokenizer=self.tokenizer,

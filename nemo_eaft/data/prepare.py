@@ -23,7 +23,7 @@ from nemo_eaft.data.tokens import Tokens, tokenize_pair
 from nemo_eaft.settings import Settings
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1  # raise when what is written changes, so that files of an older version are written anew
+_FORMAT = 2  # raise when what is written changes, so that files of an older version are written anew
 _SHOWN = 10
 _NAMES = {"train": "training.jsonl", "validation": "validation.jsonl"}
 
@@ -65,7 +65,8 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
 
     Raises:
         ValueError: no rows, rows that cannot be used (the first ten by file and line, and how many),
-            a tokenizer that cannot be used, or fewer validation rows than one global batch.
+            a tokenizer that cannot be used, fewer validation rows than one global batch, or a file that changed
+            meanwhile.
     """
     sources = _sources(settings)
     for source in sources.values():
@@ -95,6 +96,9 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
             counts |= {f"{part}_{name}": value for name, value in part_counts.items()}
         prepared = PreparedData(kind=kind, packed=settings.data.packed, **counts)
         _check_validation(settings, prepared)
+        for part, source in sources.items():
+            if source.identity() != identity["sources"][part]:
+                raise ValueError(f"{source.key}={source.name} changed while it was read; start again when it is whole")
         _forget(root)
     with replacing(root / "prepared.json") as temporary:
         temporary.write_text(json.dumps({"identity": identity, "prepared": asdict(prepared)}, indent=1))
@@ -115,6 +119,34 @@ def is_prepared(root: Path) -> bool:
     """Whether every file that :func:`prepare` writes to ``root`` is there. It alone knows whether the sources have
     changed since."""
     return _written(root) is not None
+
+
+def source_changes(settings: Settings, tokenizer: Any) -> list[str]:
+    """What is not as it was when the rows in ``run.dir`` were written, one line each: files by their content, data
+    sets by their fingerprint, and the tokenizer.
+
+    Raises:
+        ValueError: a source cannot be read.
+    """
+    root = Path(settings.run.dir) / "data"
+    written = _written(root)
+    if written is None or written[0]["format"] != _FORMAT:
+        return [f"{root}: the rows of the run are not there, so it is not known what it was trained on"]
+    sources = _sources(settings)
+    for source in sources.values():
+        source.check()
+    old, new = written[0], _identity(settings, tokenizer, sources)
+    lines = [] if old["tokenizer"] == new["tokenizer"] else ["tokenizer: its tokens or its chat template changed"]
+    for part in sorted({*old["sources"], *new["sources"]}):
+        before, now = (identity["sources"].get(part) for identity in (old, new))
+        content = [{k: v for k, v in (it or {}).items() if k != "file"} for it in (before, now)]
+        if content[0] != content[1]:
+            lines.append(f"data.{part}: {_describe(before)} -> {_describe(now)}")
+    return lines
+
+
+def _describe(source: dict[str, Any] | None) -> str:
+    return "none" if source is None else " ".join(f"{key} {value}" for key, value in source.items())
 
 
 def _sources(settings: Settings) -> dict[str, Source]:
@@ -168,9 +200,10 @@ def _write(
 
 
 def _line(row: Row, tokens: Tokens, kind: Kind) -> dict[str, Any]:
+    # NeMo carries keys that it does not know into the batch, as its metadata: an error can then name the row.
     if kind == "chat":
-        return {"input_ids": tokens.input_ids, "answers": tokens.answers}
-    return {"input": row.values["input"], "output": row.values["output"]}
+        return {"input_ids": tokens.input_ids, "answers": tokens.answers, "line": row.number}
+    return {"input": row.values["input"], "output": row.values["output"], "line": row.number}
 
 
 def _tokenized(settings: Settings, tokenizer: Any, source: Source, kind: Kind) -> Iterator[tuple[Row, Tokens | str]]:

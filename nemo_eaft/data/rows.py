@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
+
+LONGEST_LINE = 16 << 20
+"""Bytes of a line, at most. A longer one is a bad row, and is neither held in memory nor parsed."""
+
+_PIECE = 1 << 20
 
 
 class RowError(ValueError):
@@ -21,6 +27,11 @@ class Row:
     """``file:line``, or ``name[split]:row`` for a data set; both count from 1."""
     values: dict[str, Any]
     error: str | None = None
+
+    @property
+    def number(self) -> int:
+        """The line of its file, or the row of its data set, from 1."""
+        return int(self.where.rsplit(":", 1)[1])
 
 
 @dataclass(frozen=True)
@@ -48,9 +59,14 @@ class Source:
         path = Path(self.name)
         if self.is_file:
             if not path.is_file():
-                raise ValueError(f"{self.key}={self.name}: no such file")
+                what = "not a regular file" if path.exists() else "no such file"
+                raise ValueError(f"{self.key}={self.name}: {what}")
             if path.suffix not in (".jsonl", ".json"):
                 raise ValueError(f"{self.key}={self.name}: a file must be .jsonl, one JSON object a line")
+            try:
+                open(path, "rb").close()
+            except OSError as error:
+                raise ValueError(f"{self.key}={self.name}: cannot be read: {error.strerror}") from error
             if path.stat().st_size == 0:
                 raise ValueError(f"{self.key}={self.name}: the file is empty")
         elif path.is_absolute() and not path.exists():
@@ -59,12 +75,9 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What must be unchanged for rows read earlier to be those of now."""
         if self.is_file:
-            stat = Path(self.name).stat()
-            return {
-                "file": str(Path(self.name).resolve()),
-                "size": stat.st_size,
-                "mtime_ns": stat.st_mtime_ns,
-            }
+            with open(self.name, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"file": str(Path(self.name).resolve()), "sha256": digest}
         return {"dataset": self.name, "split": self.split, "fingerprint": self._dataset()._fingerprint}
 
     def rows(self) -> Iterator[Row]:
@@ -79,8 +92,11 @@ class Source:
     def _jsonl(self) -> Iterator[Row]:
         path = Path(self.name)
         with open(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
+            for number, raw in enumerate(_lines(file), start=1):
                 where = f"{path.name}:{number}"
+                if raw is None:
+                    yield Row(where, {}, f"longer than {LONGEST_LINE >> 20} MiB")
+                    continue
                 try:
                     # A byte order mark, which some editors write, is no part of the first row.
                     text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -90,8 +106,17 @@ class Source:
                 if not text.strip():
                     continue
                 try:
-                    values = json.loads(text)
-                except (json.JSONDecodeError, RecursionError) as error:
+                    values = json.loads(text, object_pairs_hook=_without_twins, parse_constant=_refuse)
+                    if "\\ud" in text or "\\uD" in text:
+                        # Half of a pair of escapes is JSON, but no text.
+                        json.dumps(values, ensure_ascii=False).encode()
+                except RowError as error:
+                    yield Row(where, {}, str(error))
+                    continue
+                except UnicodeEncodeError:
+                    yield Row(where, {}, "holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+                    continue
+                except (ValueError, RecursionError) as error:
                     yield Row(where, {}, f"not JSON: {error}")
                     continue
                 if not isinstance(values, dict):
@@ -125,3 +150,28 @@ class Source:
                 f"{self.key}={self.name} is neither a .jsonl file nor a data set that can be read: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """The lines of a file, None for one that is too long."""
+    while line := file.readline(LONGEST_LINE + 1):
+        if len(line) <= LONGEST_LINE or line.endswith(b"\n"):
+            yield line
+            continue
+        while (rest := file.readline(_PIECE)) and not rest.endswith(b"\n"):
+            pass
+        yield None
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, each of whose names stands once: Python would keep the last in silence."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for name in values if names.count(name) > 1)
+        raise RowError(f"has {twin!r} {names.count(twin)} times")
+    return values
+
+
+def _refuse(name: str) -> NoReturn:
+    raise RowError(f"not JSON: {name}")

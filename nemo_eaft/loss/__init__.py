@@ -3,13 +3,15 @@
 CUDA tensors go through Triton kernels, others through PyTorch; ``backend.py`` says how to force one.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_eaft.config import EAFTConfig
 from nemo_eaft.loss import checks
-from nemo_eaft.loss.backend import backend_name, passes
+from nemo_eaft.loss.backend import VARIABLE, backend_name, passes
 from nemo_eaft.loss.linear import eaft_linear_loss
 from nemo_eaft.loss.reference import reference_loss
 from nemo_eaft.loss.token_loss import TokenLoss
@@ -73,6 +75,9 @@ def eaft_loss(
         checks.check_overwritable(logits)
     if name == "reference":
         checks.check_reference(group)
+        if inplace_backward:
+            # At this line, whoever calls: Python shows a warning once for each line.
+            warnings.warn(f"inplace_backward=True has no effect with {VARIABLE}=reference", stacklevel=1)
         return reference_loss(logits, labels, valid, config, shard.vocab_size)
     with torch.autocast(logits.device.type, enabled=False):
         return vocab_parallel_loss(logits, labels, valid, config, shard, group, inplace_backward, passes(name))

@@ -6,6 +6,8 @@ collective hangs the job. ``None`` for a group means one rank, and then nothing 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,6 +39,50 @@ def sum_over_data_and_broadcast_over_pipeline(
     if pipeline_group is not None:
         dist.broadcast(total, src=source, group=pipeline_group)
     return total
+
+
+def gather_over_world(part: Tensor) -> Tensor:
+    """Give every rank of the job the tensor of every rank: one all-gather over the world, none with one rank.
+
+    Args:
+        part: [...] int64, contiguous, of the same shape on every rank.
+
+    Returns:
+        [ranks, ...] in the order of global ranks.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return part.unsqueeze(0)
+    return _gather(part.unsqueeze(0), dist.get_world_size(), None)
+
+
+def any_over_world(flag: Tensor) -> Tensor:
+    """Whether a flag is set on any rank of the job: one all-reduce MAX over the world, none with one rank.
+
+    Args:
+        flag: [1] int32, 0 or 1. Overwritten and returned.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return flag
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Give every rank of the job what every rank has to say, by global rank: for error messages.
+
+    Two all-gathers over the world (sizes, then pickled bytes), none with one rank. Only where every rank has decided
+    alike to call it, by a value that is the same on all.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is true on any rank of the job: one all-reduce MAX of one int32 over all ranks, none with one
+    rank. Every rank gets the same answer, so a branch on it is the same everywhere."""
+    return bool(any_over_world(torch.tensor([int(flag)], dtype=torch.int32, device=device)).item())
 
 
 def group_size(group: ProcessGroup | None) -> int:

@@ -47,7 +47,8 @@ def test_pair_rows_keep_their_text(tmp_path: Path, tokenizer: Any) -> None:
     prepared = prepare(settings, tokenizer)
     assert (prepared.kind, prepared.train_rows, prepared.validation_rows) == ("pair", 4, 0)
     lines = (tmp_path / "run" / "data" / "training.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == PAIRS
+    # The number of the line in the source lets an error name the row.
+    assert [json.loads(line) for line in lines] == [row | {"line": n} for n, row in enumerate(PAIRS, start=1)]
 
 
 def bad_file(path: Path, tokenizer: Any) -> Path:

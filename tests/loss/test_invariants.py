@@ -126,7 +126,8 @@ def test_one_collective_forward_none_backward_whatever_the_values(
         if world_size == 1:
             assert forward == []
             continue
-        ((called, tensors),) = forward
+        assert len(forward) == 1, forward
+        called, tensors = forward[0]
         assert called in ("all_gather_into_tensor", "all_gather_single")
         assert tensors == (
             ((world_size * tokens, width), torch.float32),

@@ -1,6 +1,7 @@
 """The sharded loss: arguments, shards of any width, memory, padding, and the backend switch."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -66,6 +67,19 @@ def test_an_unknown_backend_is_an_error(monkeypatch: pytest.MonkeyPatch, name: s
     monkeypatch.setenv("NEMO_EAFT_BACKEND", name)
     with pytest.raises(ValueError, match=rf"NEMO_EAFT_BACKEND must be one of reference, torch, triton, got '{name}'"):
         eaft_loss(*batch(), CONFIG)
+
+
+def test_the_reference_says_that_it_saves_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEMO_EAFT_BACKEND", "reference")
+    logits = torch.randn(3, 8, requires_grad=True) * 1.0
+    labels = torch.tensor([1, 2, 3])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            eaft_loss(logits, labels, EAFTConfig(top_k=2), inplace_backward=True)
+    assert [str(warning.message) for warning in said] == [
+        "inplace_backward=True has no effect with NEMO_EAFT_BACKEND=reference"
+    ]
 
 
 def test_the_reference_refuses_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,16 @@ class Workshop:
             run_ranks(jobs.to_nemo, 1, source, output)
         return output
 
+    def nemo_with_head(self, family: str, **changes: Any) -> Path:
+        """A NeMo checkpoint of the same sizes with one multi-token-prediction head."""
+        from tests.nemo import kinds
+
+        source = self.nemo(family, **changes)
+        output = source.with_name(f"{source.name}-head")
+        if not output.exists():
+            run_ranks(kinds.with_prediction_head, 1, source, output)
+        return output
+
     def model(self, family: str, **changes: Any) -> torch.nn.Module:
         """The Hugging Face model in float64."""
         folder = self.hf(family, **changes)
@@ -148,18 +158,20 @@ class Workshop:
         world: int = 1,
         model: dict[str, Any] | None = None,
         plan: dict[str, Any] | None = None,
+        head: bool = False,
         **changes: Any,
     ) -> Run:
         """A training under this name, done once.
 
-        model: `changes` of `models.save_model`; plan: fields of `jobs.Plan`; the rest as for `models.run_settings`.
+        model: `changes` of `models.save_model`; plan: fields of `jobs.Plan`; head: train a multi-token-prediction head
+        beside it; the rest as for `models.run_settings`.
         """
         from tests.nemo import jobs
 
         if name not in self._runs:
             changes["trainer"] = {"gpus_per_node": world} | changes.get("trainer", {})
             settings = self.settings(name, family, model, **changes)
-            checkpoint = self.nemo(family, **(model or {}))
+            checkpoint = (self.nemo_with_head if head else self.nemo)(family, **(model or {}))
             ranks = run_ranks(jobs.train, world, jobs.Plan(settings, checkpoint, **(plan or {})))
             self._runs[name] = Run(settings, ranks)
         return self._runs[name]

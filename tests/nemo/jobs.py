@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import nemo_eaft.train
+from nemo_eaft.checkpoints import checkpoints_in
 from nemo_eaft.convert import convert_to_hf, convert_to_nemo
 from nemo_eaft.megatron import unwrap
 from nemo_eaft.nemo import EAFTCallback
 from nemo_eaft.settings import Settings
+from tests.nemo import kinds
 from tests.nemo.models import SEQ_LENGTH
 from tests.nemo.ranks import DIES
 
@@ -70,10 +73,19 @@ class Recorder(Callback):
     def __init__(self, stop_at: int | None) -> None:
         self.seen = Recorded()
         self._stop_at = stop_at
+        self._epochs = 0
         self._answers: list[list[tuple[int, ...]]] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.seen.initial = pieces(trainer.strategy.megatron_parallel)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        # Adapters are put in now.
+        self._epochs += 1
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if self._epochs == 1 and not self.seen.losses:
+            self.seen.initial = pieces(trainer.strategy.megatron_parallel)
 
     def on_megatron_microbatch_end(self, step: Any, batch: dict[str, Any], output: Any, **_: Any) -> None:
         # [b, s] is a loss; the chunks before it give hidden states [s, b, h].
@@ -96,7 +108,9 @@ class Recorder(Callback):
         self.seen.val_losses.append(float(trainer.callback_metrics["val_loss"]))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self.seen.final = pieces(trainer.strategy.megatron_parallel)
+        # There is no model yet where the script is refused in setup.
+        if getattr(trainer.strategy, "megatron_parallel", None) is not None:
+            self.seen.final = pieces(trainer.strategy.megatron_parallel)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.seen.final = pieces(trainer.strategy.megatron_parallel)
@@ -139,21 +153,33 @@ class Plan:
 
     settings: Settings
     checkpoint: Path
+    resume_from: Path | Literal["newest"] | None = "newest"
+    """The checkpoint to go on from; None: the imported one; `newest`: the run's newest, if there is one."""
     save: bool = False
     """Keep the checkpoints of the settings; otherwise nothing is written but the metrics."""
     stop_at: int | None = None
     """Die in this step, before the optimizer."""
     callback: bool = True
     """False: no EAFTCallback, as in a NeMo script of somebody who does not know us."""
+    lora: bool = False
+    """Train NeMo's LoRA adapters of all linear layers, and nothing else."""
+    wrong: Callable[[], None] | None = None
+    """Called on every rank before the training: makes the code wrong in one way."""
 
 
 def train(plan: Plan) -> Recorded:
     """`run_training`, watched."""
+    if plan.wrong is not None:
+        plan.wrong()
     recorder = Recorder(plan.stop_at)
     _with_callback(recorder, plan)
     if not plan.save:
         _without_checkpoints()
-    nemo_eaft.train.run_training(plan.settings, plan.checkpoint)
+    resume_from = plan.resume_from
+    if resume_from == "newest":
+        there = checkpoints_in(Path(plan.settings.run.dir))
+        resume_from = there[-1] if there else None
+    nemo_eaft.train.run_training(plan.settings, plan.checkpoint, resume_from)
     return recorder.seen
 
 
@@ -168,6 +194,8 @@ def _with_callback(recorder: Recorder, plan: Plan) -> None:
         unwanted += [] if plan.save else [ModelCheckpoint]
         trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, tuple(unwanted))]
         trainer.callbacks.append(recorder)
+        if plan.lora:
+            kwargs["peft"] = kinds.lora()
         return finetune(*args, trainer=trainer, **kwargs)
 
     llm.finetune = watched
@@ -312,10 +340,10 @@ def script(spec: Script) -> Recorded:
 
 
 class _TooLate(EAFTCallback):
-    """Sets the flag only after DDP was built, as a callback that is not there for `setup` would."""
+    """Sets the flag only after DDP was built, and believes that it was there for `setup`."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        pass
+        self._set_up = True
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         for chunk in trainer.strategy.megatron_parallel:

@@ -24,7 +24,7 @@ VOCAB_SIZE = 252
 """Rows of the models: not the tokenizer's size, divisible by 2, 3 and 4, not by 128."""
 SEQ_LENGTH = 48
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -49,7 +49,7 @@ def save_model(
     Its weights are large enough for sharp predictions: some tokens are confident conflicts, others near uniform.
     `tied`: whether the output layer is the embedding; None: as the smaller models of the family, but Llama's.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -59,7 +59,7 @@ def save_model(
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "max_position_embeddings": 128,
-        "tie_word_embeddings": family != "llama" if tied is None else tied,
+        "tie_word_embeddings": family not in ("llama", "qwen3_moe") if tied is None else tied,
         "bos_token_id": TOKENS - 2,
         "eos_token_id": TOKENS - 1,
         "initializer_range": 0.1,
@@ -69,6 +69,17 @@ def save_model(
         "llama": lambda: LlamaConfig(**common, rms_norm_eps=1e-5),
         "qwen2": lambda: Qwen2Config(**common, rms_norm_eps=1e-6),
         "qwen3": lambda: Qwen3Config(**common, rms_norm_eps=1e-6, head_dim=32),
+        # No auxiliary loss: it is of a micro-batch, so it depends on how the batch is cut.
+        "qwen3_moe": lambda: Qwen3MoeConfig(
+            **common,
+            rms_norm_eps=1e-6,
+            head_dim=32,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16 * heads,
+            norm_topk_prob=True,
+            router_aux_loss_coef=0.0,
+        ),
     }
     generator_state = torch.get_rng_state()
     torch.manual_seed(FAMILIES.index(family))
@@ -118,7 +129,14 @@ def run_settings(hf: Path, rows: Path, run_dir: Path, **changes: Any) -> Setting
     parallel = changes.get("parallel", {})
     settings = Settings(
         model=ModelSettings(hf=str(hf)),
-        data=DataSettings(train=str(rows / "training.jsonl"), validation=str(rows / "validation.jsonl"), num_workers=0),
+        data=DataSettings(
+            **{
+                "train": str(rows / "training.jsonl"),
+                "validation": str(rows / "validation.jsonl"),
+                "num_workers": 0,
+            }
+            | changes.get("data", {})
+        ),
         loss=LossSettings(**changes.get("loss", {})),
         parallel=ParallelSettings(**parallel),
         trainer=TrainerSettings(**trainer),

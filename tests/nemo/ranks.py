@@ -59,8 +59,8 @@ def run_ranks(
     Args:
         job: at module level; it and its arguments and results must be picklable.
         timeout: seconds until every rank must have ended.
-        dies: the job ends itself with `os._exit(DIES)` on at least one rank, as a lost machine would. The others are
-            ended then, and the result is empty.
+        dies: the job ends itself, with `os._exit(DIES)` or SIGKILL, on at least one rank, as a lost machine would. The
+            others are ended then, and the result is empty.
 
     Raises:
         RuntimeError: a rank failed; the message is the traceback of the first that did and the end of its output.
@@ -105,7 +105,7 @@ def _wait(processes: Sequence[BaseProcess], folder: Path, timeout: float, dies: 
     deadline = time.monotonic() + timeout
     while True:
         codes = [process.exitcode for process in processes]
-        if dies and DIES in codes:
+        if dies and (DIES in codes or -signal.SIGKILL in codes):
             return True
         if all(code == 0 for code in codes):
             return False
@@ -114,6 +114,8 @@ def _wait(processes: Sequence[BaseProcess], folder: Path, timeout: float, dies: 
             # A file names its rank's exception when it was raised, so the first is the cause; those of its peers,
             # whose connection it closed, come later.
             time.sleep(0.2)
+            if dies and {DIES, -signal.SIGKILL} & {process.exitcode for process in processes}:
+                return True
             errors = errors or sorted(folder.glob("error_*"), key=lambda path: path.stat().st_mtime_ns)
             rank = int(errors[0].name.split("_")[1]) if errors else 0
             text = errors[0].read_text() if errors else "no traceback"

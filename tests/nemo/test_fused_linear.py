@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.nemo import faults, jobs
 from tests.nemo.conftest import Run, Workshop, assemble
+from tests.nemo.ranks import run_ranks
 
 STEPS = 3
 
@@ -61,6 +63,30 @@ def test_a_fused_training_is_the_unfused_one(workshop: Workshop, name: str) -> N
         assert (after[key] - want).norm() / want.norm() < 1e-5, key
         # Adam divides by the size of the gradient, so entries with hardly any move by rounding errors.
         assert (after[key] - want).norm() / moved < 1e-3, key
+
+
+@pytest.mark.parametrize("name", ["tp1", "tp1-tied", "dp2-distributed-optimizer", "tp2-sequence"])
+def test_gradients_made_in_forward_are_the_same(workshop: Workshop, name: str) -> None:
+    """NeMo's loss is the mask times one number, so with one tensor-parallel rank a matrix product is saved."""
+    family, world, parallel, trainer = LAYOUTS[name]
+    settings = workshop.settings(
+        f"early-{name}",
+        family,
+        parallel=parallel,
+        loss={"fused_linear": True},
+        trainer={"max_steps": STEPS, "gpus_per_node": world} | trainer,
+    )
+    plan = jobs.Plan(settings, workshop.nemo(family))
+    early, late = (run_ranks(faults.train, world, plan, faults.Fault(late=late)) for late in (False, True))
+    forwards = STEPS * 4 // settings.data_parallel
+    assert [rank.early for rank in early] == [0 if settings.parallel.tensor > 1 else forwards] * world
+    assert [rank.early for rank in late] == [0] * world
+    assert early[0].losses[0] == late[0].losses[0]
+    assert early[0].losses == pytest.approx(late[0].losses, rel=1e-6)
+    assert early[0].gradient_norms == pytest.approx(late[0].gradient_norms, rel=1e-6)
+    after, wanted = (assemble([rank.final for rank in ranks]) for ranks in (early, late))
+    for key, want in wanted.items():
+        assert (after[key] - want).norm() / want.norm() < 1e-6, key
 
 
 def test_what_is_recorded(workshop: Workshop) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_eaft import recorder
-from tests.nemo import jobs, reference
+from tests.nemo import breaking, jobs, reference
 from tests.nemo.conftest import Run, Workshop, assemble
 from tests.nemo.ranks import run_ranks
 
@@ -32,6 +32,14 @@ def plan(workshop: Workshop, name: str, layout: str, stop_at: int | None = None)
     return jobs.Plan(settings, workshop.nemo("llama"), save=True, stop_at=stop_at)
 
 
+def undisturbed(workshop: Workshop, layout: str) -> Run:
+    world, parallel, trainer = LAYOUTS[layout]
+    steps = {"max_steps": STEPS, "save_every": SAVED, "val_every": SAVED}
+    return workshop.train(
+        f"undisturbed-{layout}", world=world, parallel=parallel, trainer=steps | trainer, plan={"save": True}
+    )
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = [path for path in (run_dir / "checkpoints").iterdir() if path.is_dir() and not path.is_symlink()]
@@ -41,8 +49,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_killed_run_goes_on_as_if_nothing_had_been(workshop: Workshop, layout: str) -> None:
     world = LAYOUTS[layout][0]
-    undisturbed = plan(workshop, f"undisturbed-{layout}", layout)
-    expected = Run(undisturbed.settings, run_ranks(jobs.train, world, undisturbed))
+    expected = undisturbed(workshop, layout)
 
     # Two steps after the checkpoint, in the middle of a step: step 4 is done and written, and has to be done again.
     killed = plan(workshop, f"killed-{layout}", layout, stop_at=SAVED + 2)
@@ -66,6 +73,23 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(workshop: Workshop, layout:
     lines, expected_lines = (recorder.read(run.dir / "metrics.jsonl") for run in (resumed, expected))
     assert [row["step"] for row in lines] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert without_times(lines) == without_times(expected_lines)
+
+
+def test_a_validation_that_was_cut_off_is_done_after_the_resume(workshop: Workshop) -> None:
+    """NeMo saves first, and would validate next at the next time."""
+    expected = undisturbed(workshop, "dp2-distributed-optimizer")
+    killed = plan(workshop, "validation-killed", "dp2-distributed-optimizer")
+    run_ranks(breaking.train_and_die_before_validation, 2, killed, dies=True)
+    run_dir = Path(killed.settings.run.dir)
+    assert [row["step"] for row in recorder.read(run_dir / "metrics.jsonl")] == [1, 2, 3]
+    assert len(checkpoints(run_dir)) == 1
+    resumed = Run(killed.settings, run_ranks(jobs.train, 2, killed))
+    assert resumed.ranks[0].val_losses == expected.ranks[0].val_losses
+    lines, expected_lines = (recorder.read(run.dir / "metrics.jsonl") for run in (resumed, expected))
+    assert without_times(lines) == without_times(expected_lines)
+    for left, right in zip(resumed.ranks, expected.ranks, strict=True):
+        assert_equal(left.final, right.final)
+        assert left.answers == right.answers[SAVED:]
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,116 @@
+"""NeMo's ModelCheckpoint, with checkpoints that are whole or not there.
+
+What NeMo 2.7.3 (lightning/pytorch/callbacks/model_checkpoint.py) leaves out: the sums of the files; that what was
+written has reached the disk; and that a context which cannot be written is an error, not a warning: without it a
+checkpoint cannot be exported.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nemo.lightning as nl
+from lightning.pytorch import Trainer
+from nemo.lightning.ckpt_utils import ckpt_to_dir
+from nemo.lightning.io.pl import TrainerContext
+from torch.distributed.checkpoint.api import CheckpointException
+
+from nemo_eaft.integrity import files, sums, write_sums
+from nemo_eaft.loss.collectives import gather_objects
+
+
+class ModelCheckpoint(nl.ModelCheckpoint):
+    """Give it to `nl.NeMoLogger(ckpt=...)` in place of NeMo's; it takes the same arguments.
+
+    A checkpoint bears NeMo's mark of an unfinished one until `SHA256SUMS` is written: every rank hashes the files it
+    wrote itself, rank 0 the others. Contexts are always saved.
+
+    Raises, on every rank, while it saves:
+        RuntimeError: the checkpoint could not be written; names it, the cause, and how much space the disk has left.
+        ValueError: NeMo's EMA callback is there, whose second checkpoint would have no sums.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"always_save_context": False, "save_context_on_train_end": False})
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        folder = Path(ckpt_to_dir(filepath))
+        if self._ema_callback(trainer) is not None:
+            raise ValueError(f"{type(self).__name__}: NeMo's EMA callback is not supported; use nl.ModelCheckpoint")
+        try:
+            self.set_checkpoint_unfinished_marker(filepath, barrier_after=True)
+            _on_rank_zero(trainer, lambda: _dump_context(trainer, folder))
+            super()._save_checkpoint(trainer, filepath)
+        # CheckpointException is a BaseException, which nobody expects: not even what writes error.json.
+        except (Exception, CheckpointException) as error:
+            raise RuntimeError(f"checkpoint {folder} could not be written{_space(folder)}: {_cause(error)}") from error
+
+    def _get_finalize_save_checkpoint_callback(
+        self, trainer: Trainer, filepath: str, global_step: int
+    ) -> Callable[[], None]:
+        finalize: Callable[[], None] = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
+
+        def sealed() -> None:
+            seal(trainer, Path(ckpt_to_dir(filepath)))
+            finalize()
+
+        return sealed
+
+
+def seal(trainer: Trainer, folder: Path) -> None:
+    """Write `SHA256SUMS` of a checkpoint that every rank has written its part of. Every rank calls it."""
+    rank = trainer.global_rank
+    # Megatron's names: __<rank>_<number>.distcp. Their bytes are in this machine's memory still.
+    own = [name for name in files(folder) if re.search(rf"(^|/)__{rank}_\d+\.distcp$", name)]
+    parts = _everywhere(lambda: sums(folder, own))
+    known = {name: it for part in parts for name, it in part.items()}
+    _on_rank_zero(trainer, lambda: write_sums(folder, known))
+
+
+def _dump_context(trainer: Trainer, folder: Path) -> None:
+    TrainerContext.from_trainer(trainer).io_dump(folder / "context", yaml_attrs=["model"])
+
+
+def _on_rank_zero(trainer: Trainer, action: Callable[[], None]) -> None:
+    _everywhere(action if trainer.is_global_zero else lambda: None)
+
+
+def _everywhere(action: Callable[[], Any]) -> list[Any]:
+    """What `action` returned on every rank. If it failed on one, every rank raises, and none waits for it."""
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    told = gather_objects((result, None if error is None else f"{type(error).__name__}: {error}"))
+    failed = {rank: text for rank, (_, text) in enumerate(told) if text is not None}
+    if failed:
+        rank, text = next(iter(failed.items()))
+        raise RuntimeError(f"rank {rank}: {text}") from error
+    return [result for result, _ in told]
+
+
+def _space(folder: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(folder.parent).free / 1e9:.3f} GB are free on its disk)"
+    except OSError:
+        return ""
+
+
+def _cause(error: BaseException) -> str:
+    """The system's own message where there is one; torch.save has a text of its own for a write that failed."""
+    if isinstance(error, CheckpointException):
+        # Megatron raises it on every rank or on none, but tells the reason to one of them only.
+        lines = str(error).strip().splitlines()[1:]
+        told = gather_objects(_system_error(str(error)) or (lines[-1] if lines else ""))
+        return next((cause for cause in told if cause), str(error))
+    return _system_error(str(error)) or f"{type(error).__name__}: {error}"
+
+
+def _system_error(text: str) -> str:
+    found = re.findall(r"\[Errno \d+\] [^\n]*", text)
+    return found[0] if found else ""

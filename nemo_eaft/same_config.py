@@ -1,0 +1,38 @@
+"""A run that goes on is trained with the loss that it was begun with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_eaft.loss.collectives import gather_objects
+
+
+def check_same(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse, on every rank, to go on with a loss that the run was not trained with; how it is computed may differ.
+
+    Args:
+        path: `eaft.json` of the run; a run without one is taken as it is.
+        settings: of the loss, as they are to be written there.
+
+    Raises:
+        ValueError: naming every setting that differs, with both values.
+    """
+    try:
+        old = json.loads(path.read_text())
+    except FileNotFoundError:
+        old = settings
+    # What rank 0 read counts: another machine may not see the folder.
+    differing = gather_objects(
+        [
+            f"{name}: {old.get(name)} -> {value}"
+            for name, value in settings.items()
+            if name != "fused_linear" and old.get(name) != value
+        ]
+    )[0]
+    if differing:
+        raise ValueError(
+            f"{path}: the run was trained with another loss up to this checkpoint: {', '.join(differing)}; go back to "
+            "it, or accept the change with EAFTCallback(..., allow_config_change=True)"
+        )

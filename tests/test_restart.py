@@ -1,0 +1,75 @@
+"""Ranks that torchrun starts again: which store they meet in, and that torch's own would hang them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from nemo_eaft.restart import store_of_this_attempt
+
+ROOT = Path(__file__).parent.parent
+ALONE = {
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        ALONE,
+        ALONE | {"TORCHELASTIC_RESTART_COUNT": "0"},
+        ALONE | {"TORCHELASTIC_RESTART_COUNT": "1", "WORLD_SIZE": "4"},
+        ALONE | {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_USE_AGENT_STORE": "False"},
+    ],
+)
+def test_otherwise_torch_has_its_own(environment: dict[str, str]) -> None:
+    assert store_of_this_attempt(environment) is None
+
+
+# Rank 1 is killed; started again it is there six seconds before rank 0.
+RANKS = """
+    import datetime, os, signal, sys, time
+    import torch, torch.distributed as dist
+    from nemo_eaft.restart import store_of_this_attempt
+    rank, again = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
+    if again and rank == 0:
+        time.sleep(6)
+    store = store_of_this_attempt() if sys.argv[1] == "ours" else None
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=datetime.timedelta(seconds=15))
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    if rank == 1 and not again:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(total)
+    group = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=15))
+    dist.all_reduce(total, group=group)
+    print("added", total.item(), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whose", ["ours", "torch's"])
+def test_ranks_that_come_in_another_order(tmp_path: Path, whose: str) -> None:
+    (tmp_path / "ranks.py").write_text(textwrap.dedent(RANKS))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "ranks.py"), whose],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    # The day torch's passes, `store_of_this_attempt` is not needed any more.
+    assert (done.returncode == 0) == (whose == "ours"), done.stderr[-3000:]
+    assert done.stdout.count("added 8.0") == (2 if whose == "ours" else 0)

@@ -1,0 +1,231 @@
+"""examples/slurm/train.sbatch, run by a real shell with stand-ins for what only a cluster has."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_packaging import SBATCH, run
+
+RECORDER = """#!{python}
+import json, os, subprocess, sys
+keys = ("CUDA_DEVICE_MAX_CONNECTIONS", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
+keys += ("NEMO_HOME", "NEMO_EAFT_HOME")
+with open(os.environ["RECORD"], "a") as out:
+    env = {{key: os.environ.get(key) for key in keys}}
+    out.write(json.dumps({{"program": "{name}", "words": sys.argv[1:], "env": env}}) + "\\n")
+if "{name}" == "scontrol":
+    print("node7\\nnode8")
+words = sys.argv[1:]
+if "{name}" == "srun" and "bash" in words:
+    # What the second node of the job does with it: its own number, and none of the host's variables changed.
+    sys.exit(subprocess.run(words[words.index("bash"):], env=dict(os.environ, SLURM_NODEID="1")).returncode)
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> dict[str, str]:
+    """The environment of a batch script, with programs that record how they are called."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("srun", "scontrol", "torchrun"):
+        (folder / name).write_text(RECORDER.format(python=sys.executable, name=name))
+        (folder / name).chmod(0o755)
+    return {
+        "PATH": f"{folder}:/usr/bin:/bin",
+        "RECORD": str(tmp_path / "record"),
+        "IMAGE": "/images/nemo_eaft.sqsh",
+        "DATA": str(tmp_path / "my data"),
+        "RUN": str(tmp_path / "run"),
+        "HF_HOME": str(tmp_path / "hub"),
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_NNODES": "2",
+        "SLURM_NODEID": "0",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+
+
+CALL = ("qwen3-0.6b", "data.train=/data/a b.jsonl", "parallel.tensor=8", "parallel.pipeline=2")
+
+
+def test_sbatch_starts_one_torchrun_per_node(cluster: dict[str, str], tmp_path: Path) -> None:
+    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in Path(cluster["RECORD"]).read_text().splitlines()]
+    host, converting, training, rank = records
+    assert [record["program"] for record in records] == ["scontrol", "srun", "srun", "torchrun"]
+    assert host["words"] == ["show", "hostnames", "node[7-8]"]
+
+    mounts = f"{cluster['DATA']}:/data,{cluster['RUN']}:/results,{cluster['HF_HOME']}:{cluster['HF_HOME']}"
+    for step in (converting, training):
+        assert [word for word in step["words"] if word.startswith("--container-mounts")] == [
+            f"--container-mounts={mounts}"
+        ]
+        assert f"--container-image={cluster['IMAGE']}" in step["words"]
+        assert step["env"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+    settings = [*CALL, "trainer.num_nodes=2", "trainer.gpus_per_node=8", "run.dir=/results"]
+    assert {"--nodes=1", "--ntasks=1"} <= set(converting["words"])
+    assert converting["words"][-len(settings) - 2 :] == ["import", "--data", *settings]
+    assert converting["env"]["HF_HUB_OFFLINE"] is None, "the import could not reach a hub"
+
+    assert "--kill-on-bad-exit=1" in training["words"]
+    assert not [word for word in training["words"] if word.startswith(("--ntasks", "--nodes"))]
+    assert rank["env"]["HF_HUB_OFFLINE"] == rank["env"]["TRANSFORMERS_OFFLINE"] == "1"
+    assert rank["words"] == [
+        "--nnodes=2",
+        "--nproc-per-node=8",
+        "--node-rank=1",  # read inside the task; 0 would be the host's
+        "--rdzv-id=123456",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=node7:{15000 + 123456 % 10000}",
+        "-m",
+        "nemo_eaft.train",
+        *settings,
+    ]
+
+
+def test_sbatch_shares_converted_checkpoints(cluster: dict[str, str], tmp_path: Path) -> None:
+    for shared in (None, str(tmp_path / "shared")):
+        Path(cluster["RECORD"]).unlink(missing_ok=True)
+        more = {} if shared is None else {"NEMO_EAFT_HOME": shared}
+        done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster | more)
+        assert done.returncode == 0, done.stderr
+        _, converting, training, rank = [json.loads(line) for line in Path(cluster["RECORD"]).read_text().splitlines()]
+        expected = "/results/home" if shared is None else shared
+        for step in (converting, training, rank):
+            assert step["env"]["NEMO_EAFT_HOME"] == expected
+            assert step["env"]["NEMO_HOME"] == f"{expected}/nemo"
+        for step in (converting, training):
+            [mounts] = [word for word in step["words"] if word.startswith("--container-mounts=")]
+            assert mounts.endswith(f",{shared}:{shared}") == (shared is not None)
+    assert (tmp_path / "shared").is_dir()
+
+
+def test_sbatch_passes_settings_that_are_accepted(cluster: dict[str, str], tmp_path: Path) -> None:
+    from nemo_eaft.compose import compose
+
+    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster)
+    assert done.returncode == 0, done.stderr
+    words = json.loads(Path(cluster["RECORD"]).read_text().splitlines()[-1])["words"]
+    conf, *overrides = words[words.index("nemo_eaft.train") + 1 :]
+    settings = compose(conf, overrides)
+    assert settings.world_size == 16
+    assert settings.data_parallel == 1
+    # Without what the script adds the same words are refused, on one GPU.
+    with pytest.raises(ValueError, match=r"parallel\.tensor=8"):
+        compose(conf, CALL[1:])
+
+
+@pytest.mark.parametrize("missing", ["IMAGE", "DATA", "RUN", "HF_HOME"])
+def test_sbatch_names_a_missing_variable(cluster: dict[str, str], tmp_path: Path, missing: str) -> None:
+    del cluster[missing]
+    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster)
+    assert done.returncode != 0
+    assert f"set {missing} to" in done.stderr
+    assert not Path(cluster["RECORD"]).exists(), "a step was started"
+
+
+def test_sbatch_needs_a_configuration(cluster: dict[str, str], tmp_path: Path) -> None:
+    done = run("bash", SBATCH, cwd=tmp_path, env=cluster)
+    assert done.returncode == 2
+    assert "usage" in done.stderr
+
+
+def test_sbatch_ends_when_the_import_fails(cluster: dict[str, str], tmp_path: Path) -> None:
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text(f'#!/bin/sh\necho x >> "{tmp_path}/steps"\nexit 3\n')
+    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster)
+    assert done.returncode == 3
+    assert (tmp_path / "steps").read_text() == "x\n"
+
+
+# A training that goes on until its folder asks it to stop; what it does then is its first argument.
+STOPPING = """#!{python}
+import os, sys, time
+from pathlib import Path
+folder = Path(os.environ["RUN"])
+if "import" in sys.argv:
+    sys.exit({import_seconds} and time.sleep({import_seconds}))
+assert os.environ["NEMO_EAFT_STOP_CLEARED"] == "1"
+assert not (folder / "stopped.json").exists()
+(folder / "training").touch()
+deadline = time.monotonic() + 30
+while not (folder / "stop").exists() and time.monotonic() < deadline:
+    time.sleep(0.02)
+assert "batch shell of job 123456" in (folder / "stop").read_text()
+time.sleep(1.0)  # the save; the shell must wait for it
+(folder / "stop").unlink()
+if {code} == 0:
+    (folder / "stopped.json").write_text("{{}}")
+sys.exit({code})
+"""
+
+
+@pytest.mark.parametrize("code, requeued", [(0, True), (9, False)])
+def test_sbatch_asks_to_stop_when_slurm_warns_it_and_requeues(
+    cluster: dict[str, str], tmp_path: Path, code: int, requeued: bool
+) -> None:
+    """A real USR1 to the real shell; srun and scontrol are stand-ins. Nobody gets TERM."""
+    folder = Path(cluster["RUN"])
+    folder.mkdir()
+    (folder / "stop").write_text("of an older job")
+    (folder / "stopped.json").write_text("{}")
+    (tmp_path / "bin" / "srun").write_text(STOPPING.format(python=sys.executable, import_seconds=0, code=code))
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        shell = subprocess.Popen(["bash", SBATCH, *CALL], cwd=tmp_path, env=cluster, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + 30
+        while not (folder / "training").exists():
+            assert shell.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        for _ in range(2):  # the second one while it waits for the save
+            shell.send_signal(signal.SIGUSR1)
+            time.sleep(0.3)
+        assert shell.wait(30) == (75 if requeued else code)
+    finally:
+        shell.kill()
+        shell.wait()
+    calls = [json.loads(line)["words"] for line in Path(cluster["RECORD"]).read_text().splitlines()]
+    assert [words for words in calls if words[0] != "show"] == ([["requeue", "123456"]] if requeued else [])
+    assert "it asked for a stop before this job was started" in log.read_text()
+
+
+def test_sbatch_told_during_the_import_trains_nothing(cluster: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "srun").write_text(STOPPING.format(python=sys.executable, import_seconds=1.5, code=0))
+    shell = subprocess.Popen(["bash", SBATCH, *CALL], cwd=tmp_path, env=cluster)
+    try:
+        time.sleep(1.0)
+        shell.send_signal(signal.SIGUSR1)
+        assert shell.wait(30) == 75
+    finally:
+        shell.kill()
+        shell.wait()
+    assert not (Path(cluster["RUN"]) / "training").exists()
+    calls = [json.loads(line)["words"] for line in Path(cluster["RECORD"]).read_text().splitlines()]
+    assert calls[-1] == ["requeue", "123456"]
+
+
+def test_sbatch_stopped_by_its_owner_is_not_requeued(cluster: dict[str, str], tmp_path: Path) -> None:
+    """`touch $RUN/stop`: the run ends with the code of a stopped one, and nothing starts it again."""
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text('#!/bin/sh\ncase "$*" in *torchrun*) echo "{}" > "$RUN/stopped.json";; esac\n')
+    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster)
+    assert done.returncode == 75
+    assert "requeue" not in Path(cluster["RECORD"]).read_text()
+
+
+def test_sbatch_asks_for_one_task_per_node() -> None:
+    options = re.findall(r"^#SBATCH (\S+)", SBATCH.read_text(), re.MULTILINE)
+    assert "--ntasks-per-node=1" in options
+    assert {"--exclusive", "--mem=0", "--open-mode=append", "--requeue", "--signal=B:USR1@600"} <= set(options)
