@@ -14,6 +14,7 @@ KERNEL_TESTS: tuple[str, ...] = (
     "tests/loss/test_vocab_parallel.py",
     "tests/loss/test_kernels.py",
     "tests/loss/test_linear.py",
+    "tests/loss/test_linear_adapter.py",
     "tests/loss/test_topk.py",
 )
 

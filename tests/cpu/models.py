@@ -148,6 +148,12 @@ def batch(size: int = 2, length: int = 8, seed: int = 0) -> Batch:
     return Batch(tokens, labels, positions, mask)
 
 
+def model_and_data(**changes: Any) -> tuple[Any, Batch]:
+    """One rank's model, its configuration changed so, and a batch."""
+    start()
+    return gpt(config(**changes)), batch()
+
+
 def gradients(model: Any) -> dict[str, Tensor]:
     """A copy of every parameter's gradient; what sequence parallelism leaves partial is summed over the ranks."""
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
