@@ -77,7 +77,8 @@ def _check_texts(settings: Settings) -> None:
         values = getattr(settings, group.name)
         for entry in fields(values):
             value = getattr(values, entry.name)
-            if isinstance(value, str) and not value.isprintable():
+            # A template is text, with line breaks of its own.
+            if isinstance(value, str) and entry.name != "prompt_template" and not value.isprintable():
                 raise ValueError(f"{group.name}.{entry.name}={value!r} holds a character that cannot be printed")
     name = settings.run.name
     if name is not None and (set(name) & set("/\\") or name in (".", "..")):

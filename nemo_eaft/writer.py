@@ -37,7 +37,11 @@ def ending_with_parent(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        _end_with(os.getppid())
+        # Not getppid(): whoever started this process may be gone before its first instruction.
+        parent = multiprocessing.parent_process()
+        assert parent is not None, "not a process of multiprocessing"
+        assert parent.pid is not None
+        _end_with(parent.pid)
         return run(*args, **kwargs)
 
     return wrapped
