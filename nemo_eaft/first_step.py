@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_eaft.loss.collectives import gather_objects, sum_over_data_and_broadcast_over_pipeline
+from nemo_eaft.loss.collectives import any_rank, gather_objects, sum_over_data_and_broadcast_over_pipeline
 from nemo_eaft.megatron import AttachedLoss
 
 
@@ -50,6 +50,9 @@ class FirstStep:
     ) -> None:
         """After the step, on every rank, before the optimizer.
 
+        The sums are those of this rank's tensor-parallel index, so ranks may find different things; one all-reduce over
+        the world makes them agree whether to raise.
+
         Raises:
             RuntimeError: on every rank; no call of the loss, or another number of tokens than under the loss mask.
         """
@@ -60,21 +63,24 @@ class FirstStep:
         if self._tokens is not None:
             counts[2:] += self._tokens.to(counts)
         calls, ours, theirs = sum_over_data_and_broadcast_over_pipeline(counts, *groups).tolist()
+        if not any_rank(not calls or ours != theirs, device):
+            return
+        found = gather_objects((calls, ours, theirs, loss and loss.replaced_by()))
+        calls, ours, theirs, _ = next(one for one in found if not one[0] or one[1] != one[2])
         if not calls:
-            replaced = [said for said in gather_objects(loss and loss.replaced_by()) if said]
+            replaced = [one[3] for one in found if one[3]]
             why = (
                 f"{replaced[0]} replaced it after the callback" if replaced else "the model computes its loss elsewhere"
             )
             raise RuntimeError(
                 f"EAFT is configured but its loss was never called in the first step: {why}. Nothing was trained."
             )
-        if ours != theirs:
-            raise RuntimeError(
-                f"the gradient would be divided by {theirs:.0f}, but {ours:.0f} tokens of the first step are under the "
-                "loss mask: the model's training_loss_reduction must return (sum of the losses, number of tokens, what "
-                "to log) as nemo.lightning's MaskedTokenLossReduction does, with a loss mask of 0 and 1. Nothing was "
-                "trained."
-            )
+        raise RuntimeError(
+            f"the gradient would be divided by {theirs:.0f}, but {ours:.0f} tokens of the first step are under the "
+            "loss mask: the model's training_loss_reduction must return (sum of the losses, number of tokens, what "
+            "to log) as nemo.lightning's MaskedTokenLossReduction does, with a loss mask of 0 and 1. Nothing was "
+            "trained."
+        )
 
     def _finalize(self, model: Any, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         # Summed in place over the ranks in there.

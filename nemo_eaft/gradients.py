@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_eaft.loss.collectives import any_over_world, gather_objects
+from nemo_eaft.loss.collectives import gather_objects
 from nemo_eaft.place import Place
 
 
@@ -47,19 +47,21 @@ class GradientWatch:
         """Start of a step."""
         self._norms = []
 
-    def raise_if_not_finite(self, step: int, place: Place, device: torch.device) -> None:
-        """Decide over the job: one all-reduce of a flag over the world, on every rank in every step.
-
-        Raises:
-            RuntimeError: on every rank, if a gradient of any rank is not finite.
-        """
+    def not_finite(self, device: torch.device) -> Tensor:
+        """[1] int32: 1 where a gradient of this rank is not finite in this step. Sends nothing, waits for nothing."""
         mine = torch.zeros(1, dtype=torch.int32, device=device)
         if self._norms:
             mine += (~torch.stack(self._norms).isfinite().all()).to(torch.int32)
-        own = mine.clone()
-        if not any_over_world(mine).item():
-            return
-        everywhere = gather_objects((str(place), self._names()) if own.item() else None)
+        return mine
+
+    def raise_for_gradient(self, step: int, place: Place, device: torch.device) -> None:
+        """Gather what all ranks found and end the run. Every rank calls it: they have agreed that one is to.
+
+        Raises:
+            RuntimeError: always, with the same message on every rank.
+        """
+        own = self.not_finite(device).item()
+        everywhere = gather_objects((str(place), self._names()) if own else None)
         first, names = next(said for said in everywhere if said is not None)
         ranks = [rank for rank, said in enumerate(everywhere) if said is not None]
         listed = f"{len(names)} parameters, nearest to the loss {names[-1]}" if names else "the norm overflows"

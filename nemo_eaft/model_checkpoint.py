@@ -20,7 +20,7 @@ from nemo.lightning.io.pl import TrainerContext
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_eaft.integrity import files, sums, write_sums
-from nemo_eaft.loss.collectives import gather_objects
+from nemo_eaft.loss.collectives import everywhere, gather_objects, on_rank_zero
 
 
 class ModelCheckpoint(nl.ModelCheckpoint):
@@ -43,7 +43,7 @@ class ModelCheckpoint(nl.ModelCheckpoint):
             raise ValueError(f"{type(self).__name__}: NeMo's EMA callback is not supported; use nl.ModelCheckpoint")
         try:
             self.set_checkpoint_unfinished_marker(filepath, barrier_after=True)
-            _on_rank_zero(trainer, lambda: _dump_context(trainer, folder))
+            on_rank_zero(lambda: _dump_context(trainer, folder))
             super()._save_checkpoint(trainer, filepath)
         # CheckpointException is a BaseException, which nobody expects: not even what writes error.json.
         except (Exception, CheckpointException) as error:
@@ -66,32 +66,13 @@ def seal(trainer: Trainer, folder: Path) -> None:
     rank = trainer.global_rank
     # Megatron's names: __<rank>_<number>.distcp. Their bytes are in this machine's memory still.
     own = [name for name in files(folder) if re.search(rf"(^|/)__{rank}_\d+\.distcp$", name)]
-    parts = _everywhere(lambda: sums(folder, own))
+    parts = everywhere(lambda: sums(folder, own))
     known = {name: it for part in parts for name, it in part.items()}
-    _on_rank_zero(trainer, lambda: write_sums(folder, known))
+    on_rank_zero(lambda: write_sums(folder, known))
 
 
 def _dump_context(trainer: Trainer, folder: Path) -> None:
     TrainerContext.from_trainer(trainer).io_dump(folder / "context", yaml_attrs=["model"])
-
-
-def _on_rank_zero(trainer: Trainer, action: Callable[[], None]) -> None:
-    _everywhere(action if trainer.is_global_zero else lambda: None)
-
-
-def _everywhere(action: Callable[[], Any]) -> list[Any]:
-    """What `action` returned on every rank. If it failed on one, every rank raises, and none waits for it."""
-    result, error = None, None
-    try:
-        result = action()
-    except Exception as caught:
-        error = caught
-    told = gather_objects((result, None if error is None else f"{type(error).__name__}: {error}"))
-    failed = {rank: text for rank, (_, text) in enumerate(told) if text is not None}
-    if failed:
-        rank, text = next(iter(failed.items()))
-        raise RuntimeError(f"rank {rank}: {text}") from error
-    return [result for result, _ in told]
 
 
 def _space(folder: Path) -> str:

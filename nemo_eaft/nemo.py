@@ -35,6 +35,7 @@ from nemo_eaft.batches import StepBatches, micro_batches
 from nemo_eaft.config import EAFTConfig
 from nemo_eaft.first_step import FirstStep
 from nemo_eaft.gradients import GradientWatch
+from nemo_eaft.loss.collectives import any_over_world, on_rank_zero
 from nemo_eaft.megatron import AttachedLoss, attach, attached, detach
 from nemo_eaft.metrics import StepMetrics, reduce_sums, zero_sums
 from nemo_eaft.nonfinite import find, raise_for_loss
@@ -136,10 +137,7 @@ class EAFTCallback(Callback):
         settings |= {"fused_linear": self.fused_linear, "measure_only": self.measure_only}
         if trainer.global_step > 0 and not self.allow_config_change:
             check_same(self._run_dir / "eaft.json", settings)
-        if trainer.is_global_zero:
-            with replacing(self._run_dir / "eaft.json") as temporary:
-                temporary.write_text(json.dumps(settings, indent=2) + "\n")
-            self._file = MetricsFile(self._run_dir / "metrics.jsonl", start_step=trainer.global_step)
+        on_rank_zero(lambda: self._open_files(settings, trainer.global_step))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation without training (llm.validate) attaches here."""
@@ -208,23 +206,26 @@ class EAFTCallback(Callback):
         trainer = step.trainer
         device = _device(step)
         sums = self._global_sums(step)
+        # Tensor-parallel ranks that were given different loss masks have different sums: no rank may decide by its own
+        # whether to enter a collective.
         if self._first_step is not None:
             self._first_step.remove()
-            # The same on every rank. NaN is reported below, with its place.
-            if sums[0].isfinite():
-                self._first_step.check(self._loss, device, _groups())
+            self._first_step.check(self._loss, device, _groups())
             self._first_step = None
         groups = trainer.optimizers[0].param_groups if trainer.optimizers else []
         self._learning_rate = float(groups[0]["lr"]) if groups else 0.0
         number = trainer.global_step + 1 if trainer.is_global_zero else None
         self._metrics = StepMetrics.from_sums(sums, step=number)
-        if not math.isfinite(self._metrics.loss):
+        assert self._gradients is not None, "on_train_batch_start did not run"
+        own = torch.tensor([not math.isfinite(self._metrics.loss)], dtype=torch.int32, device=device)
+        loss_is_bad, gradient_is_bad = any_over_world(torch.cat([own, self._gradients.not_finite(device)])).tolist()
+        if loss_is_bad:
             # The owner of a run that diverged needs this line most.
             self._record(trainer.global_step + 1, trainer.max_steps, self._metrics)
             self._draw_report()
             self._raise_for_loss(trainer, self._metrics)
-        assert self._gradients is not None, "on_train_batch_start did not run"
-        self._gradients.raise_if_not_finite(trainer.global_step + 1, here(), device)
+        if gradient_is_bad:
+            self._gradients.raise_for_gradient(trainer.global_step + 1, here(), device)
         if not self._metrics.tokens and isinstance(reduced, Tensor):
             # NeMo divides 0 by 0 (lightning/megatron_parallel.py, MaskedTokenLossReduction.reduce).
             reduced.zero_()
@@ -265,6 +266,12 @@ class EAFTCallback(Callback):
         self._draw_report()
 
     # --- helpers
+
+    def _open_files(self, settings: dict[str, Any], step: int) -> None:
+        assert self._run_dir is not None
+        with replacing(self._run_dir / "eaft.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        self._file = MetricsFile(self._run_dir / "metrics.jsonl", start_step=step)
 
     def _record(self, step: int, max_steps: int, metrics: StepMetrics) -> float:
         """Write and log a step's line on global rank 0; returns tokens per second (a save in the step counts too)."""

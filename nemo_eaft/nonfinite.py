@@ -1,11 +1,12 @@
 """NaN and infinity in a step: where they came from, for the message that ends the run before the optimizer step.
 
 Nothing here waits for the device in a step that is finite. The loss leaves one mask for each micro-batch on the device;
-whether to look at them is decided by the step's global loss, which is the same number on every rank.
+whether to look at them is decided by the step's loss, after all ranks have agreed.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,20 +84,30 @@ def whole_position(local: int, length: int, rank: int, size: int) -> int:
 
 
 def raise_for_loss(step: int, metrics: StepMetrics, finding: Finding | None, micro_batches: int, hint: str) -> None:
-    """Gather what all ranks found and end the run. Every rank calls it, as the loss is the same number on all.
+    """Gather what all ranks found and end the run. Every rank calls it: they have agreed that a loss is not finite.
 
     Args:
+        metrics: as this rank has them. Finite where only tensor-parallel ranks with other rows or loss masks than this
+            one see what is wrong.
         micro_batches: of one rank in one step.
         hint: a last sentence, or nothing.
 
     Raises:
         RuntimeError: always, with the same message on every rank.
     """
-    everywhere = [value for value in gather_objects(finding) if value is not None]
+    told = gather_objects((finding, metrics.loss, metrics.cross_entropy))
+    everywhere = [value for value, _, _ in told if value is not None]
+    losses = [loss for _, loss, _ in told if not math.isfinite(loss)]
+    loss, cross_entropy = next((one[1:] for one in told if not math.isfinite(one[1])), told[0][1:])
     said = (
-        f"step {step}: the loss is {metrics.loss} (cross-entropy {metrics.cross_entropy}); stopped before the "
-        "optimizer step, nothing was updated"
+        f"step {step}: the loss is {loss} (cross-entropy {cross_entropy}); stopped before the optimizer step, nothing "
+        "was updated"
     )
+    if len(losses) < len(told):
+        said += (
+            f". Only {len(losses)} of {len(told)} ranks have such a loss: tensor-parallel ranks were given different "
+            "rows or loss masks, which loss.check_replicas=1 finds"
+        )
     if everywhere:
         first = min(everywhere, key=lambda value: (value.micro_batch, value.place.rank))
         # Ranks of a tensor-parallel group have the same tokens; one of them counts.

@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from nemo_eaft import recorder
-from nemo_eaft.loss.collectives import gather_objects
+from nemo_eaft.loss.collectives import gather_objects, on_rank_zero
 
 
 class KeepDataOrder(Callback):
@@ -91,11 +91,11 @@ class RepeatValidation(Callback):
         self._metrics = metrics
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Before the first step."""
+        """Before the first step. RuntimeError on every rank where rank 0 cannot read the file."""
         step, interval = trainer.global_step, trainer.val_check_interval
         due = step > 0 and isinstance(interval, int) and trainer.limit_val_batches != 0 and step % interval == 0
-        # Rank 0 decides for all: another one may not see the file.
-        if not gather_objects(due and not self._done(step))[0]:
+        # The same on every rank. Rank 0 reads for all: another one may not see the file.
+        if not due or on_rank_zero(lambda: self._done(step)):
             return
         # As training_epoch_loop.py:284 does it.
         trainer.validating = True

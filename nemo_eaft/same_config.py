@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_eaft.loss.collectives import gather_objects
+from nemo_eaft.loss.collectives import on_rank_zero
 
 
 def check_same(path: Path, settings: dict[str, Any]) -> None:
@@ -18,21 +18,24 @@ def check_same(path: Path, settings: dict[str, Any]) -> None:
 
     Raises:
         ValueError: naming every setting that differs, with both values.
+        RuntimeError: rank 0 could not read the file.
     """
-    try:
-        old = json.loads(path.read_text())
-    except FileNotFoundError:
-        old = settings
-    # What rank 0 read counts: another machine may not see the folder.
-    differing = gather_objects(
-        [
-            f"{name}: {old.get(name)} -> {value}"
-            for name, value in settings.items()
-            if name != "fused_linear" and old.get(name) != value
-        ]
-    )[0]
+    # Rank 0 reads for all: another machine may not see the folder, and an error is everybody's.
+    differing = on_rank_zero(lambda: _differing(path, settings))
     if differing:
         raise ValueError(
             f"{path}: the run was trained with another loss up to this checkpoint: {', '.join(differing)}; go back to "
             "it, or accept the change with EAFTCallback(..., allow_config_change=True)"
         )
+
+
+def _differing(path: Path, settings: dict[str, Any]) -> list[str]:
+    try:
+        old = json.loads(path.read_text())
+    except FileNotFoundError:
+        old = settings
+    return [
+        f"{name}: {old.get(name)} -> {value}"
+        for name, value in settings.items()
+        if name != "fused_linear" and old.get(name) != value
+    ]

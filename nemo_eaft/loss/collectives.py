@@ -6,6 +6,8 @@ collective hangs the job. ``None`` for a group means one rank, and then nothing 
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,10 +58,10 @@ def gather_over_world(part: Tensor) -> Tensor:
 
 
 def any_over_world(flag: Tensor) -> Tensor:
-    """Whether a flag is set on any rank of the job: one all-reduce MAX over the world, none with one rank.
+    """Which flags are set on any rank of the job: one all-reduce MAX over the world, none with one rank.
 
     Args:
-        flag: [1] int32, 0 or 1. Overwritten and returned.
+        flag: [n] int32, each 0 or 1, the same n on every rank. Overwritten and returned.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -77,6 +79,59 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def everywhere(action: Callable[[], Any]) -> list[Any]:
+    """What `action`, which sends nothing, returned on every rank, by global rank; for what may fail on one of them.
+
+    Every rank of the job calls it, each with an action of its own. The collectives of one `gather_objects`.
+
+    Raises:
+        RuntimeError: the action raised an Exception on a rank; on every rank, naming the first such and its error, so
+            that no rank waits for one that is gone.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    told = gather_objects((result, None if error is None else f"{type(error).__name__}: {error}"))
+    failed = {rank: text for rank, (_, text) in enumerate(told) if text is not None}
+    if failed:
+        rank, text = next(iter(failed.items()))
+        raise RuntimeError(f"rank {rank}: {text}") from error
+    return [result for result, _ in told]
+
+
+def on_rank_zero(action: Callable[[], Any]) -> Any:
+    """What `action` returned on global rank 0, on every rank: rank 0 reads or writes for all. Otherwise `everywhere`.
+
+    Every rank of the job calls it; only rank 0 runs `action`, and what it raises there is raised on all.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    return everywhere(action if first else lambda: None)[0]
+
+
+def raise_timeouts(seconds: float) -> None:
+    """Let no process group of this rank give up a collective before `seconds`; longer ones stay. Sends nothing.
+
+    A limit holds for collectives that begin after this. torch 2.13 has no public function for it: NCCL's limit is 600 s
+    for the world group where nobody sets one (distributed/constants.py), Megatron's own groups have 1800 s.
+
+    Raises:
+        RuntimeError: this torch does not let it be read or set.
+    """
+    if not dist.is_initialized():
+        return
+    wanted = datetime.timedelta(seconds=seconds)
+    try:
+        c10d: Any = dist.distributed_c10d
+        for group in list(c10d._world.pg_map):
+            devices = group._device_types
+            if any(group._get_backend(device).options._timeout < wanted for device in devices):
+                c10d._set_pg_timeout(wanted, group)
+    except AttributeError as error:
+        raise RuntimeError(f"torch {torch.__version__}: {error}") from error
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
