@@ -41,6 +41,7 @@ MAY_DIFFER = (
     "run.wandb_project",
     "run.max_restarts",
     "run.stall_seconds",
+    "run.save_seconds",
     "trainer.log_every",
     "trainer.keep_checkpoints",
     "data.num_workers",

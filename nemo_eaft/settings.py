@@ -283,8 +283,10 @@ class RunSettings:
     Under a ``torchrun`` of your own its ``--max-restarts`` counts."""
     stall_seconds: int | None = 900
     """When a rank has done nothing for so long, the job ends and the stuck rank and its stack are named. More than
-    the longest micro-batch or save, and less than the time after which the backend itself ends a collective, usually
-    1800 s. 0 or null: never."""
+    the longest micro-batch. The backend's own limits for a collective are raised above it. 0 or null: never, and those
+    limits hold (NCCL's are 600 s or 1800 s)."""
+    save_seconds: int = 3600
+    """The same limit while a checkpoint is saved, where it is longer than ``run.stall_seconds``."""
 
     def __post_init__(self) -> None:
         for key in ("dir", "name", "wandb_project"):
@@ -293,6 +295,9 @@ class RunSettings:
                 raise ValueError(f"run.{key} is empty")
         _at_least("run.max_restarts", self.max_restarts, 0)
         _at_least("run.stall_seconds", self.stall_seconds, 0)
+        _at_least("run.save_seconds", self.save_seconds, 1)
+        if not self.stall_seconds and self.save_seconds != type(self).save_seconds:
+            _warn(f"run.save_seconds={self.save_seconds} has no effect with run.stall_seconds={self.stall_seconds}")
 
 
 @dataclass(frozen=True, kw_only=True)

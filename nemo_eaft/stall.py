@@ -97,7 +97,7 @@ class Verdict:
     stack: str
 
 
-def judge(answers: Mapping[int, Answer], ranks: int, stall_seconds: float, dumps: Mapping[int, str]) -> Verdict:
+def judge(answers: Mapping[int, Answer], ranks: int, dumps: Mapping[int, str]) -> Verdict:
     """Who is stuck, of `ranks` ranks.
 
     answers: of the ranks that answered, one at least. dumps: by rank, stacks written without the interpreter's lock.
@@ -110,7 +110,7 @@ def judge(answers: Mapping[int, Answer], ranks: int, stall_seconds: float, dumps
         also = f" (nor do ranks {', '.join(map(str, silent[1:]))})" if silent[1:] else ""
         message = (
             f"does not answer{also}: its process is stopped, or its machine is gone, or it is stuck outside Python; "
-            f"no progress for {stall_seconds:g} s"
+            f"no progress for {max(one.still for one in answers.values()):.0f} s"
         )
         return Verdict(first, message, _report(dumps.get(first) or f"rank {first} left no stack\n", others))
     if away:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -101,17 +102,32 @@ def read_stopped(run_dir: Path) -> Stopped | None:
 def asked(run_dir: Path, look: bool) -> str | None:
     """Why this process believes that a stop was asked for, or None.
 
-    look: whether to look for the file, too; one rank does it for all.
+    look: whether to look for the file, too; one rank does it for all. A file system that fails is said once, and is no
+        request.
     """
     if _signalled.is_set():
         return f"SIGUSR1 to process {os.getpid()}"
-    if look and (run_dir / REQUEST).exists():
-        try:
-            text = (run_dir / REQUEST).read_text(encoding="utf-8", errors="replace").strip()
-        except OSError:
-            text = ""
-        return f"file {REQUEST}" + (f": {text[:200]}" if text else "")
-    return None
+    if not look:
+        return None
+    try:
+        text = (run_dir / REQUEST).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        # A shared file system that fails for a moment (ESTALE, EIO) is looked at again at the next step.
+        _say_once(run_dir / REQUEST, error)
+        return None
+    return f"file {REQUEST}" + (f": {text[:200]}" if text else "")
+
+
+_said: set[str] = set()
+
+
+def _say_once(path: Path, error: OSError) -> None:
+    kind = f"{path} {error.errno}"
+    if kind not in _said:
+        _said.add(kind)
+        print(f"nemo-eaft: {path} cannot be looked at: {error}; the run goes on", file=sys.stderr, flush=True)
 
 
 def save_now(trainer: Trainer) -> str | None:

@@ -6,6 +6,7 @@ trainer.callbacks.append(StopOnRequest("runs/mine"))
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ class StopOnRequest(Callback):
         if self._stopped is not None and trainer.is_global_zero:
             step, checkpoint = self._stopped
             stop.write_note(self.run_dir, step, checkpoint, self._reason or "SIGUSR1 to another rank")
-        elif trainer.is_global_zero and (self.run_dir / stop.REQUEST).exists():
-            # Asked for when the last step was done or on its way: there is nothing to stop any more.
-            (self.run_dir / stop.REQUEST).unlink(missing_ok=True)
+        elif trainer.is_global_zero:
+            # Asked for when the last step was done or on its way: there is nothing to stop any more. The next job says
+            # so where it cannot be removed now.
+            with suppress(OSError):
+                (self.run_dir / stop.REQUEST).unlink()

@@ -77,7 +77,7 @@ def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None)
     )
     trainer.callbacks.append(RepeatValidation(run_dir / "metrics.jsonl"))
     if settings.run.stall_seconds:
-        trainer.callbacks.append(EndStalled(run_dir, settings.run.stall_seconds))
+        trainer.callbacks.append(EndStalled(run_dir, settings.run.stall_seconds, settings.run.save_seconds))
     # After what records the step: it saves.
     trainer.callbacks.append(StopOnRequest(run_dir))
     llm.finetune(

@@ -1,6 +1,6 @@
 """The callback that tells the watchdog of progress.
 
-trainer.callbacks.append(EndStalled("runs/mine", stall_seconds=900))
+trainer.callbacks.append(EndStalled("runs/mine", stall_seconds=900, save_seconds=3600))
 """
 
 from __future__ import annotations
@@ -9,27 +9,42 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from nemo.utils import logging
 
-from nemo_eaft.watchdog import Watchdog, clear
+from nemo_eaft.loss.collectives import raise_timeouts
+from nemo_eaft.watchdog import SAVE, Watchdog, clear, grace
 
 
 class EndStalled(Callback):
     """Ends the job when a rank makes no progress, naming the stuck rank and its stack (:mod:`nemo_eaft.watchdog`).
 
-    From the first step on; before it, each wait has a limit of its own. Progress is: a micro-batch begins or ends, a
-    step ends, a validation batch begins, a save begins.
+    From the first step on; before it, when a checkpoint is loaded, each wait has a limit of its own. Progress is: a
+    micro-batch begins or ends, a step ends, a validation begins or ends, a batch of it begins, a save begins.
 
-    run_dir: folder that all ranks see. stall_seconds: more than the longest micro-batch or save.
+    The backend must not end a collective before that, without a name: NCCL's limit for the world group is 600 s where
+    the environment sets no other (NeMo 2.7.3 takes TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC for it), Megatron-Core 0.15.3 gives
+    its own groups 1800 s. From the first step on all limits are raised to what the verdict needs.
+
+    run_dir: folder that all ranks see. stall_seconds: more than the longest micro-batch. save_seconds: more than the
+        longest save, with what follows it until a validation or the next step; `stall_seconds` where that is longer.
     """
 
-    def __init__(self, run_dir: str | Path, stall_seconds: float = 900) -> None:
-        if not stall_seconds > 0:
-            raise ValueError(f"stall_seconds={stall_seconds} must be above 0")
+    def __init__(self, run_dir: str | Path, stall_seconds: float = 900, save_seconds: float = 3600) -> None:
+        for name, value in (("stall_seconds", stall_seconds), ("save_seconds", save_seconds)):
+            if not value > 0:
+                raise ValueError(f"{name}={value} must be above 0")
         self.run_dir = Path(run_dir)
         self.stall_seconds = stall_seconds
+        self.save_seconds = save_seconds
         self._watchdog: Watchdog | None = None
         self._step = 0
         self._part = 0
+
+    @property
+    def backend_seconds(self) -> float:
+        """How long a collective may take, so that the verdict comes first: the longest limit; a step by which the host
+        is ahead of its GPU, as NCCL counts from when a collective was asked for; the answers; a minute to spare."""
+        return max(self.save_seconds, self.stall_seconds) + self.stall_seconds + grace(self.stall_seconds) + 60
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Long before the first rank watches: between lie collectives of all ranks."""
@@ -38,7 +53,16 @@ class EndStalled(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch."""
-        self._watchdog = Watchdog(self.run_dir, trainer.global_rank, trainer.world_size, self.stall_seconds)
+        try:
+            raise_timeouts(self.backend_seconds)
+        except RuntimeError as error:
+            logging.warning(
+                f"EAFT: the backend's limits for collectives could not be raised ({error}); where one is shorter than "
+                f"{self.backend_seconds:.0f} s, it may end a stalled job before the stuck rank is named"
+            )
+        self._watchdog = Watchdog(
+            self.run_dir, trainer.global_rank, trainer.world_size, self.stall_seconds, self.save_seconds
+        )
         self._step = trainer.global_step + 1
         self._watchdog.note("start", self._step)
         self._watchdog.start()
@@ -64,6 +88,15 @@ class EndStalled(Callback):
         self._part = 0
         self._note("end")
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A validation begins: its data was prepared."""
+        self._part = 0
+        self._note("start of the validation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A validation has ended."""
+        self._note("end of the validation")
+
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -72,9 +105,9 @@ class EndStalled(Callback):
         self._note("validation")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A save begins; what ends it is the next step."""
+        """A save begins; what ends it is what comes next: a validation or a step."""
         self._part = 0
-        self._note("save")
+        self._note(SAVE)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """An error of its own ends the job."""

@@ -130,7 +130,7 @@ def raise_timeouts(seconds: float) -> None:
             devices = group._device_types
             if any(group._get_backend(device).options._timeout < wanted for device in devices):
                 c10d._set_pg_timeout(wanted, group)
-    except AttributeError as error:
+    except (AttributeError, RuntimeError) as error:
         raise RuntimeError(f"torch {torch.__version__}: {error}") from error
 
 
