@@ -115,8 +115,9 @@ def _nemo_fields(hf_config: Any) -> dict[str, Any]:
     """Fields of NeMo's configuration that its importers leave at a default of their own (2.7.3).
 
     Qwen3's takes 128 for the size of a head; Qwen2's and Mistral's untie the embedding from the output layer, which a
-    model trained that way loses on its way back; Mistral's takes the vocabulary size from the tokenizer; that of
-    Qwen3's mixtures of experts has 128 experts, of which 8 are chosen.
+    model trained that way loses on its way back; Mistral's takes the vocabulary size from the tokenizer, and a sliding
+    window of w tokens for w tokens before the own one; that of Qwen3's mixtures of experts has 128 experts, of which 8
+    are chosen.
 
     Raises:
         ValueError: layers without experts among those with them, which NeMo's Qwen3 has not.
@@ -128,6 +129,9 @@ def _nemo_fields(hf_config: Any) -> dict[str, Any]:
     head_dim = getattr(hf_config, "head_dim", None)
     if head_dim is not None:
         fields["kv_channels"] = head_dim
+    if hf_config.model_type == "mistral" and hf_config.sliding_window:
+        # Both of Megatron's attentions, Transformer Engine's and the local one, count without the token itself.
+        fields["window_size"] = [hf_config.sliding_window - 1, 0]
     if hf_config.model_type == "qwen3_moe":
         if hf_config.mlp_only_layers or hf_config.decoder_sparse_step != 1:
             raise ValueError(

@@ -228,6 +228,10 @@ def build_trainer(settings: Settings) -> Any:
         ckpt_async_save=False,
         # Otherwise the distributed optimizer's state can be loaded under the same TP and PP only.
         ckpt_optim_fully_reshardable=True,
+        # A save gathers that state, 12 bytes for each parameter of a rank's part of the model (megatron-core 0.15.3,
+        # optimizer/distrib_optimizer.py, get_parameter_state_dp_zero): so over gloo into the host's memory of the first
+        # of the data-parallel ranks; otherwise over NCCL, through GPU memory into the host's memory of every rank.
+        distrib_optim_fully_reshardable_mem_efficient=True,
         replace_progress_bar=False,
     )
     validate = settings.data.validation is not None and trainer.val_every > 0

@@ -1,4 +1,4 @@
-"""Attention over packed sequences for Megatron's local specification.
+"""Attention over packed sequences and with a sliding window, for Megatron's local specification.
 
 Megatron-Core 0.15.3 `transformer/dot_product_attention.py` refuses packed sequences and leaves them to Transformer
 Engine. Here each packed sequence goes through the unpacked code by itself, so packing changes nothing by construction.
@@ -12,6 +12,30 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def with_window(init: Callable[..., None]) -> Callable[..., None]:
+    """`DotProductAttention.__init__` that takes `window_size` as NeMo's models give it, a list.
+
+    Its mask is remembered by the window (megatron-core 0.15.3, transformer/utils.py, get_sliding_window_causal_mask:
+    `lru_cache`), for which a list will not do. A window (w, 0) means what it means to Transformer Engine: a token sees
+    itself and the w before it. The mask that context parallelism needs would be ignored (fusions/fused_softmax.py).
+    """
+
+    def wrapped(self: Any, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        init(self, config, *args, **kwargs)
+        softmax = self.scale_mask_softmax
+        if softmax.window_size is None:
+            return
+        if config.context_parallel_size > 1:
+            raise ValueError(
+                f"window_size: {softmax.window_size} with context_parallel_size={config.context_parallel_size}; the "
+                "CPU backend has sliding-window attention with parallel.context=1 only"
+            )
+        softmax.window_size = tuple(softmax.window_size)
+
+    return wrapped
 
 
 def with_packed_sequences(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -18,7 +18,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_eaft.cpu import MEGATRON_VERSION
-from nemo_eaft.cpu.attention import with_packed_sequences
+from nemo_eaft.cpu.attention import with_packed_sequences, with_window
 from nemo_eaft.cpu.context_parallel import allowing_context_parallel, over_whole_sequence
 from nemo_eaft.cpu.experts import splits_as_numbers, use_plain_experts, with_own_norm
 from nemo_eaft.cpu.norm import build_norm
@@ -104,8 +104,8 @@ def patches() -> list[Patch]:
         Patch(
             owner=DotProductAttention,
             name="__init__",
-            value=allowing_context_parallel(DotProductAttention.__init__),
-            reason="refuses context parallelism (transformer/dot_product_attention.py:58)",
+            value=with_window(allowing_context_parallel(DotProductAttention.__init__)),
+            reason="refuses context parallelism, and a list as window (transformer/dot_product_attention.py:58, 94)",
         ),
         Patch(
             owner=gpt_layer_specs,

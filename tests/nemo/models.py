@@ -24,7 +24,9 @@ VOCAB_SIZE = 252
 """Rows of the models: not the tokenizer's size, divisible by 2, 3 and 4, not by 128."""
 SEQ_LENGTH = 48
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral")
+WINDOW = 7
+"""Tokens that a token of the `mistral` family sees, itself among them."""
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -49,7 +51,14 @@ def save_model(
     Its weights are large enough for sharp predictions: some tokens are confident conflicts, others near uniform.
     `tied`: whether the output layer is the embedding; None: as the smaller models of the family, but Llama's.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        LlamaConfig,
+        MistralConfig,
+        Qwen2Config,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -59,7 +68,7 @@ def save_model(
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "max_position_embeddings": 128,
-        "tie_word_embeddings": family not in ("llama", "qwen3_moe") if tied is None else tied,
+        "tie_word_embeddings": family not in ("llama", "qwen3_moe", "mistral") if tied is None else tied,
         "bos_token_id": TOKENS - 2,
         "eos_token_id": TOKENS - 1,
         "initializer_range": 0.1,
@@ -67,6 +76,7 @@ def save_model(
     }
     configs: dict[str, Any] = {
         "llama": lambda: LlamaConfig(**common, rms_norm_eps=1e-5),
+        "mistral": lambda: MistralConfig(**common, rms_norm_eps=1e-5, sliding_window=WINDOW),
         "qwen2": lambda: Qwen2Config(**common, rms_norm_eps=1e-6),
         "qwen3": lambda: Qwen3Config(**common, rms_norm_eps=1e-6, head_dim=32),
         # No auxiliary loss: it is of a micro-batch, so it depends on how the batch is cut.

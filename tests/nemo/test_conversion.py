@@ -1,5 +1,6 @@
 """From Hugging Face to NeMo and back."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from tests.nemo import jobs
 from tests.nemo.conftest import Workshop
+from tests.nemo.models import WINDOW
 from tests.nemo.ranks import run_ranks
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -17,6 +19,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2-untied": ("qwen2", {"tied": False}),
     "qwen3": ("qwen3", {}),
+    "mistral": ("mistral", {}),
 }
 
 
@@ -30,6 +33,19 @@ def test_logits_are_the_same(workshop: Workshop, name: str) -> None:
     (logits,) = run_ranks(jobs.nemo_logits, 1, workshop.nemo(family, **changes), tokens)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_a_window_that_is_one_token_wider_is_seen(workshop: Workshop) -> None:
+    """What NeMo's importer makes of it; the comparison above would not pass then."""
+    model = copy.deepcopy(workshop.model("mistral"))
+    tokens = torch.randint(0, 250, (3, 40), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        config: Any = model.config
+        config.sliding_window = WINDOW + 1
+        wider = model(input_ids=tokens).logits
+    assert (wider - expected).abs().max() > 1e-2
+    assert torch.equal(wider[:, :WINDOW], expected[:, :WINDOW])
 
 
 @pytest.mark.parametrize("name", MODELS)

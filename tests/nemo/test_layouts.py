@@ -30,6 +30,7 @@ LAYOUTS = {
 OTHER_FAMILIES = {
     "qwen2-tp2-pp2": ("qwen2", Layout(4, {"tensor": 2, "pipeline": 2, "sequence": True})),
     "qwen3-tp2": ("qwen3", Layout(2, {"tensor": 2})),
+    "mistral-tp2": ("mistral", Layout(2, {"tensor": 2})),
     "qwen3-moe-ep2": ("qwen3_moe", Layout(2, {"expert": 2})),
 }
 
