@@ -168,16 +168,20 @@ class Watchdog:
 
     def _ask_for_dumps(self, silent: Iterable[int]) -> None:
         """Have ranks of this machine that do not answer write their stacks."""
-        asked = False
+        asked = []
         for rank in silent:
             with suppress(OSError, ValueError):
                 pid, birth, host = (self.run_dir / stall.FOLDER / f"rank-{rank}.pid").read_text().split()
                 # In another container the number may be another process's.
                 if host == socket.gethostname() and birth == _birth(int(pid)):
                     os.kill(int(pid), _DUMP_SIGNAL)
-                    asked = True
-        if asked:
-            time.sleep(1.0)
+                    asked.append(rank)
+        if not asked:
+            return
+        deadline = time.monotonic() + 5.0
+        while not self._dumps().keys() >= set(asked) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1.0)  # for the rest of what has begun to come
 
     def _end_job(self, still: float, end: threading.Event) -> None:
         """Tell the others, hear them, judge, and end this process: no collective can keep it.

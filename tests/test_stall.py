@@ -94,8 +94,8 @@ def test_where_ranks_wait_for_each_other(file: str, body: str, waits: bool) -> N
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        entered.wait(5)
-        deadline = time.monotonic() + 5
+        entered.wait(60)
+        deadline = time.monotonic() + 60
         assert thread.ident is not None
         frame = sys._current_frames()[thread.ident]
         while frame is not None and frame.f_code.co_filename != file:
@@ -130,27 +130,81 @@ def test_noting_costs_nothing() -> None:
 PROGRAM = """
 import re, os, sys, time
 from pathlib import Path
-from nemo_eaft.watchdog import Watchdog
-def forever(): time.sleep(1000)
-def busy(watchdog):
-    for step in range(40):
-        watchdog.note("forward", step, 1)
-        time.sleep(0.1)
-watchdog = Watchdog(Path({folder!r}), int(sys.argv[1]), int(sys.argv[3]), {stall})
+from nemo_eaft.watchdog import SAVE, Watchdog
+
+folder, rank, doing, ranks, together = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
+watchdog = Watchdog(folder, rank, ranks, {stall}, {save})
+
+def meet(name):
+    # All ranks are here: how long the machine takes to start them is no stall of theirs.
+    (Path(together) / f"{{name}}-{{rank}}").touch()
+    while not all((Path(together) / f"{{name}}-{{other}}").exists() for other in range(ranks)):
+        watchdog.note("start", 3)
+        time.sleep(0.05)
+
+def told():
+    return (Path(together) / "told").exists()
+
+def forever():
+    time.sleep(1000)
+
+def busy():
+    while not told():
+        watchdog.note("forward", 3, 2)
+        time.sleep(0.05)
+
+def spin():
+    re.match("(a+)+$", 64 * "a" + "b")
+
+def save():
+    watchdog.note(SAVE, 3)
+    while not told():
+        time.sleep(0.05)
+
+def lose_folder():
+    watchdog.run_dir = Path(folder / (300 * "x"))  # from here on every look fails, and not as for a missing file
+    forever()
+
+def fail_when_noticed():
+    while not (folder / "stall" / "noticed").exists():
+        time.sleep(0.05)
+    try:
+        raise KeyError("of its own")
+    finally:
+        watchdog.stop()
+
+meet("imported")
 watchdog.start()
+meet("started")
 watchdog.note("forward", 3, 2)
-spin = lambda: re.match("(a+)+$", 64 * "a" + "b")
-{{"forever": forever, "busy": lambda: busy(watchdog), "spin": spin}}[sys.argv[2]]()
+print("watched", flush=True)
+globals()[doing]()
 watchdog.stop()
 print("done")
 """
 
 
-def ranks(folder: Path, *doing: str, stall_seconds: float = 2.0) -> list[subprocess.Popen[str]]:
-    code = PROGRAM.format(folder=str(folder), stall=stall_seconds)
-    return [
+def ranks(
+    folder: Path,
+    together: Path,
+    *doing: str,
+    lost: int = 0,
+    stall_seconds: float = 2.0,
+    save_seconds: float | None = None,
+) -> list[subprocess.Popen[str]]:
+    """Processes that each do something from the moment on when all of them watch and have said so.
+
+    together: a folder that they meet in, beside the run's. lost: so many ranks more belong to the job, and are not there.
+    """
+    together.mkdir(exist_ok=True)
+    count = len(doing) + lost
+    for name in ("imported", "started"):
+        for rank in range(len(doing), count):
+            (together / f"{name}-{rank}").touch()
+    code = PROGRAM.format(stall=stall_seconds, save=save_seconds)
+    processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), what, str(len(doing))],
+            [sys.executable, "-c", code, str(folder), str(rank), what, str(count), str(together)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -158,11 +212,16 @@ def ranks(folder: Path, *doing: str, stall_seconds: float = 2.0) -> list[subproc
         )
         for rank, what in enumerate(doing)
     ]
+    for process in processes:
+        assert process.stdout is not None
+        if process.stdout.readline() != "watched\n":
+            raise AssertionError(ended(processes))
+    return processes
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     try:
-        return [(process.wait(40), *process.communicate()) for process in processes]
+        return [(process.wait(120), *process.communicate()) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -171,27 +230,72 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
     """Also when the whole job is suspended for longer than the limit."""
-    [process] = processes = ranks(tmp_path, "busy")
+    folder, together = tmp_path / "run", tmp_path / "together"
+    [process] = processes = ranks(folder, together, "busy")
     time.sleep(3.0)
     process.send_signal(signal.SIGSTOP)
     time.sleep(3.5)
     process.send_signal(signal.SIGCONT)
+    time.sleep(1.0)
+    (together / "told").touch()
     assert [(code, out) for code, out, _ in ended(processes)] == [(0, "done\n")]
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(folder) == []
 
 
 def test_a_rank_that_holds_the_interpreters_lock_leaves_its_stack(tmp_path: Path) -> None:
     """It cannot answer; the rank that ends the job finds what faulthandler wrote."""
-
-    processes = ranks(tmp_path, "forever", "spin")
+    processes = ranks(tmp_path, tmp_path / "together", "forever", "spin")
     try:
-        assert processes[0].wait(40) == 1
+        assert processes[0].wait(120) == 1
         assert processes[1].poll() is None  # torchrun's to end
     finally:
         processes[1].kill()
         results = ended(processes)
     error = json.loads((tmp_path / launch.ERROR).read_text())
     assert (error["rank"], error["kind"]) == (1, "stall")
-    assert "<lambda>" in error["traceback"]
+    assert "in spin" in error["traceback"]
     assert "rank 1 does not answer" in results[0][2]
     assert os.listdir(tmp_path / stall.FOLDER)
+
+
+def test_a_save_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    """More than twice what any other part of a step may take."""
+    together = tmp_path / "together"
+    processes = ranks(tmp_path, together, "save", save_seconds=1000)
+    time.sleep(4.5)
+    (together / "told").touch()
+    assert [(code, out) for code, out, _ in ended(processes)] == [(0, "done\n")]
+
+
+def test_a_save_that_does_not_end_is_a_stall(tmp_path: Path) -> None:
+    [(code, _, said)] = ended(ranks(tmp_path, tmp_path / "together", "save", save_seconds=3.0))
+    assert code == 1
+    assert "after the save of step 3 (run.save_seconds is its limit); it is in save" in said
+
+
+def test_a_file_system_that_fails_does_not_end_the_watch(tmp_path: Path) -> None:
+    """The rank cannot tell the others; but it ends, with its stack, and says once why it told nobody."""
+    [(code, _, said)] = ended(ranks(tmp_path, tmp_path / "together", "lose_folder"))
+    assert code == 1
+    assert said.count("the watchdog of rank 0 goes on without a file: [Errno 36] File name too long") == 1
+    assert "in forever" in said
+    assert "rank 0 is stuck: no progress for 2 s after the forward of step 3, micro-batch 2" in said
+
+
+def test_a_folder_that_cannot_be_made_does_not_end_the_run(tmp_path: Path) -> None:
+    together = tmp_path / "together"
+    processes = ranks(tmp_path / (300 * "x"), together, "busy")
+    (together / "told").touch()
+    [(code, out, said)] = ended(processes)
+    assert (code, out) == (0, "done\n")
+    assert said.count("goes on without a file: [Errno 36]") == 1
+
+
+def test_an_error_of_its_own_is_told_in_spite_of_a_stall(tmp_path: Path) -> None:
+    """Its watchdog waits for another rank's answer when the rank stops it, on its way to its traceback."""
+    [(code, _, said)] = ended(ranks(tmp_path, tmp_path / "together", "fail_when_noticed", lost=1))
+    assert code == 1
+    assert "rank 0 made no progress" in said
+    assert said.rstrip().endswith("KeyError: 'of its own'"), said
+    # Nobody is blamed for a stall.
+    assert not (tmp_path / launch.ERROR).exists()

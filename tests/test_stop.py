@@ -28,6 +28,16 @@ def test_a_request_is_seen_by_who_looks(tmp_path: Path) -> None:
     assert stop.asked(tmp_path, look=True) == "file stop"
 
 
+def test_a_file_system_that_fails_is_no_request_and_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ESTALE of a shared one would be; a request is seen when it works again."""
+    broken = tmp_path / (300 * "x")
+    assert stop.asked(broken, look=True) is None
+    assert stop.asked(broken, look=True) is None
+    assert capsys.readouterr().err.count("cannot be looked at: [Errno 36] File name too long") == 1
+
+
 def test_a_signal_is_a_request(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGUSR1)
     try:
