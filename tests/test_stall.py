@@ -194,7 +194,8 @@ def ranks(
 ) -> list[subprocess.Popen[str]]:
     """Processes that each do something from the moment on when all of them watch and have said so.
 
-    together: a folder that they meet in, beside the run's. lost: so many ranks more belong to the job, and are not there.
+    together: a folder that they meet in, beside the run's. lost: so many ranks more belong to the job and are not
+        there.
     """
     together.mkdir(exist_ok=True)
     count = len(doing) + lost

@@ -43,6 +43,8 @@ class Fault:
     """Poison the hidden state before the output layer, not a logit; a fused output layer has no logits."""
     masked: frozenset[tuple[int, Answer]] = frozenset()
     """Rows whose loss mask is 0: step and answer."""
+    masked_on: int | None = None
+    """The one global rank whose loss masks `masked` changes; None: all ranks."""
     masked_validations: int = 0
     """So many validations, the first ones, have no token in the loss."""
     overflow: tuple[int, int] | None = None
@@ -191,7 +193,7 @@ class _Inject(Callback):
                     position = start + 1 if poison.where == "valid" else start - 1
                     assert bool(mask[row, position]) is (poison.where == "valid")
                     self._next.append((position, row, poison.value))
-            if (self._step, answer) in self._fault.masked:
+            if (self._step, answer) in self._fault.masked and self._fault.masked_on in (None, step.trainer.global_rank):
                 mask[row] = 0
 
     def _put(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "stock": (1, {}, {"gate": "stock"}, {}),
     "fused": (1, {}, {"fused_linear": True}, {}),
     "dp2": (2, {}, {}, {"distributed_optimizer": True}),
+    "tp2": (2, {"tensor": 2}, {}, {}),
     "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}, {}, {}),
     "vpp2-dp2": (4, {"pipeline": 2, "virtual_pipeline": 2}, {}, {}),
     "packed": (2, {"tensor": 2}, {}, {"micro_batch_size": 1}),
@@ -82,7 +83,8 @@ def line_of(workshop: Workshop, answer: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize(
     "layout, value",
-    [(name, math.nan) for name in LAYOUTS if name != "packed"] + [("one", math.inf), ("tp2-pp2", math.inf)],
+    [(name, math.nan) for name in LAYOUTS if name not in ("packed", "tp2")]
+    + [("one", math.inf), ("tp2-pp2", math.inf)],
 )
 def test_at_a_valid_position(workshop: Workshop, healthy: dict[str, list[Outcome]], layout: str, value: float) -> None:
     before = healthy[layout]
@@ -106,6 +108,21 @@ def test_at_a_valid_position(workshop: Workshop, healthy: dict[str, list[Outcome
     assert words in message
     assert "In all 2 tokens in 2 micro-batches" in message
     assert sum(outcome.poisoned for outcome in outcomes) >= 2
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_under_a_mask_of_one_tensor_parallel_rank(
+    workshop: Workshop, healthy: dict[str, list[Outcome]], step: int
+) -> None:
+    """One rank's sums are finite and the other's are not: both end, in the first step and after it."""
+    row = healthy["tp2"][0].answers[step - 1][1][1]
+    fault = Fault(poison=(Poison(step, row),), masked=frozenset({(step, row)}), masked_on=1)
+    _, outcomes = run(workshop, "tp2", fault, f"-one-mask-{step}")
+    message = assert_stopped(outcomes, step)
+    assert message.startswith(f"RuntimeError: step {step}: the loss is nan (cross-entropy nan)")
+    assert "Only 1 of 2 ranks have such a loss: tensor-parallel ranks were given different rows or loss" in message
+    assert f"line {line_of(workshop, row)} of the training data" in message
+    assert message.endswith("seen by global ranks 0")
 
 
 @pytest.mark.parametrize("layout", ["one", "fused", "dp2", "tp2-pp2"])
