@@ -63,8 +63,8 @@ def tokens(vocab: int) -> tuple[Tensor, Tensor, Tensor]:
 def problem(vocab: int, padded: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits with NaN where nothing counts, labels, loss mask and upstream gradient.
 
-    No row is so peaked that its entropy is near 0: float32 knows an entropy to 1e-7, not to 1e-6 of itself
-    (``test_numbers.py`` has such rows).
+    No row is so peaked that its entropy is near 0: over the whole vocabulary float32 knows one to 1e-7, not to 1e-6 of
+    itself (``test_a_peaked_row_keeps_its_digits``).
     """
     torch.manual_seed(1)
     logits = (torch.randn(LENGTH, ROWS, padded) * 2).to(dtype)
@@ -145,6 +145,39 @@ def test_every_cut_of_the_logits(
     assert got.out.loss.double().sum().item() == pytest.approx(float(want.loss.sum()), rel=1e-6)
     assert steps_between(got.gradient, want.gradient.to(dtype)).max() <= 1
     assert (got.gradient[..., vocab:] == 0).all()
+
+
+@dtypes
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("top_k", [3, 20, None])
+def test_a_peaked_row_keeps_its_digits(dtype: torch.dtype, world_size: int, top_k: int | None) -> None:
+    """Entropies from 1 down to 1e-5 nats, of which alpha = 0.5 shows every digit.
+
+    Of the K largest they are right to 1e-6 of themselves. 1 + x for a small x is not, in float32, and that is how a
+    record holds the sum over a whole row: there they are right to 3e-7 nats, and the square root of one that is below
+    0.1 is not right to 1e-6. That is our record of a shard, not the problem's condition.
+    """
+    torch.manual_seed(3)
+    logits = torch.randn(LENGTH * ROWS, 1, 64)
+    logits[:, 0, 5] += torch.linspace(3, 18, LENGTH * ROWS)
+    logits = logits.to(dtype)
+    labels = torch.randint(6, 64, (LENGTH * ROWS, 1))
+    config = EAFTConfig(alpha=0.5, top_k=top_k)
+    want = expected(logits, labels, config)
+    assert want.entropy.min() < 1e-4
+    assert want.entropy.max() > 0.5
+
+    def rank_loss(rank: int) -> TokenLoss:
+        group = dist.group.WORLD if world_size > 1 else None
+        out = eaft_loss(shard(logits, rank, world_size), labels, config, vocab_size=64, group=group)
+        return TokenLoss(*(value.detach() for value in out))
+
+    out = rank_loss(0) if world_size == 1 else run_threads(rank_loss, world_size)[0]
+    if top_k is None:
+        torch.testing.assert_close(out.entropy.double(), want.entropy, rtol=1e-6, atol=3e-7)
+    else:
+        for name in ("entropy", "weight", "loss"):
+            torch.testing.assert_close(getattr(out, name).double(), getattr(want, name), rtol=1e-6, atol=0)
 
 
 @dtypes
