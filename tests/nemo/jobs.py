@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.abc
 import os
-import subprocess
 import sys
-import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +17,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import nemo_eaft.train
 from nemo_eaft.checkpoints import checkpoints_in
 from nemo_eaft.convert import convert_to_hf, convert_to_nemo
-from nemo_eaft.megatron import unwrap
 from nemo_eaft.nemo import EAFTCallback
 from nemo_eaft.settings import Settings
 from tests.nemo import kinds
-from tests.nemo.models import SEQ_LENGTH
 from tests.nemo.ranks import DIES
 
 
@@ -255,150 +250,3 @@ def load_without_nemo_eaft(checkpoint: Path, output: Path) -> tuple[str, str]:
     model = io.load_context(checkpoint, subpath="model")
     llm.export_ckpt(checkpoint, "hf", output, overwrite=True)
     return type(context.trainer).__name__, type(model).__name__
-
-
-@dataclasses.dataclass
-class Script:
-    """A NeMo script of somebody who adds our one line to it."""
-
-    checkpoint: Path
-    rows: Path
-    run_dir: Path
-    tensor: int = 1
-    pipeline: int = 1
-    world: int = 1
-    learning_rate: float = 0.0
-    keep_vocab_size: bool = True
-    """False: the configuration says no vocabulary size, so NeMo takes the tokenizer's and pads it."""
-    callback: bool = True
-    average_in_collective: bool = True
-    mistake: Literal["", "per-token off", "too late", "replaced", "not a number"] = ""
-
-
-def script(spec: Script) -> Recorded:
-    """One step and one validation with it; an exception is recorded, not raised."""
-    import nemo.lightning as nl
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig
-    from nemo.collections import llm
-
-    model = nl.io.load_context(spec.checkpoint, subpath="model")
-    model.config.seq_length = SEQ_LENGTH
-    model.config.calculate_per_token_loss = False
-    if not spec.keep_vocab_size:
-        model.config.vocab_size = None
-        model.config.make_vocab_size_divisible_by = 128
-    trainer = nl.Trainer(
-        accelerator="cpu",
-        devices=spec.world,
-        strategy=nl.MegatronStrategy(
-            tensor_model_parallel_size=spec.tensor,
-            pipeline_model_parallel_size=spec.pipeline,
-            pipeline_dtype=torch.float32,
-            ddp=DistributedDataParallelConfig(average_in_collective=spec.average_in_collective),
-            ckpt_async_save=False,
-        ),
-        max_steps=1,
-        val_check_interval=1,
-        limit_val_batches=1,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-    )
-    recorder = Recorder(None)
-    trainer.callbacks.append(recorder)
-    if spec.callback:
-        kind = _TooLate if spec.mistake == "too late" else EAFTCallback
-        trainer.callbacks.append(kind(run_dir=spec.run_dir))
-    trainer.callbacks.append(_Mistake(spec.mistake))
-    data = llm.FineTuningDataModule(
-        dataset_root=str(spec.rows),
-        seq_length=SEQ_LENGTH,
-        micro_batch_size=2,
-        global_batch_size=8,
-        tokenizer=model.tokenizer,
-        num_workers=0,
-        persistent_workers=False,
-        dataset_kwargs={"prompt_template": "{input} {output}"},
-    )
-    try:
-        llm.finetune(
-            model=model,
-            data=data,
-            trainer=trainer,
-            log=nl.NeMoLogger(log_dir=str(spec.run_dir / "nemo"), use_datetime_version=False),
-            resume=nl.AutoResume(restore_config=nl.RestoreConfig(path=str(spec.checkpoint))),
-            optim=nl.MegatronOptimizerModule(
-                OptimizerConfig(optimizer="adam", lr=spec.learning_rate, params_dtype=torch.float32)
-            ),
-            tokenizer="model",
-        )
-    except Exception as error:
-        recorder.seen.error = f"{type(error).__name__}: {error}"
-    return recorder.seen
-
-
-class _TooLate(EAFTCallback):
-    """Sets the flag only after DDP was built, and believes that it was there for `setup`."""
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._set_up = True
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        for chunk in trainer.strategy.megatron_parallel:
-            chunk.config.calculate_per_token_loss = True
-        super().on_fit_start(trainer, pl_module)
-
-
-class _Mistake(Callback):
-    """Comes after EAFTCallback and undoes what it relies on."""
-
-    def __init__(self, mistake: str) -> None:
-        self._mistake = mistake
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        for chunk in trainer.strategy.megatron_parallel:
-            model: Any = unwrap(chunk)
-            if self._mistake == "per-token off":
-                chunk.config.calculate_per_token_loss = False
-            elif self._mistake == "replaced" and model.post_process:
-                model.compute_language_model_loss = types.MethodType(type(model).compute_language_model_loss, model)
-            elif self._mistake == "not a number" and model.post_process:
-                # One logit of every token: only the ranks that hold it see it by themselves.
-                model.output_layer.weight.data[0] = float("nan")
-
-
-def report() -> dict[str, Any]:
-    """Who this rank is, and that it can speak to the others."""
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
-
-    torch.distributed.init_process_group("gloo")
-    total = torch.tensor([float(os.environ["RANK"]) + 1])
-    torch.distributed.all_reduce(total)
-    return {
-        "rank": torch.distributed.get_rank(),
-        "sum": float(total),
-        "pid": os.getpid(),
-        "server": os.getppid(),
-        "environment": "TorchElasticEnvironment" if TorchElasticEnvironment.detect() else "none",
-        "threads": torch.get_num_threads(),
-    }
-
-
-def fail_on_rank_one(folder: Path) -> None:
-    """Rank 1 raises while rank 0 waits for it, and then fails because it is gone."""
-    (folder / str(os.getpid())).touch()
-    torch.distributed.init_process_group("gloo")
-    if torch.distributed.get_rank() == 1:
-        print("what it printed before")
-        raise ZeroDivisionError("the cause")
-    torch.distributed.all_reduce(torch.ones(1))
-
-
-def hang(folder: Path) -> None:
-    """Never ends, and has started a process that does not either."""
-    child = subprocess.Popen(["sleep", "600"])
-    for pid in (os.getpid(), child.pid):
-        (folder / str(pid)).touch()
-    time.sleep(600)

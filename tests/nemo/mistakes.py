@@ -1,4 +1,4 @@
-"""Scripts that forget something. Each function changes what `jobs.script` builds, in the rank that runs it."""
+"""Scripts that forget something. Each function changes what `scripts.script` builds, in the rank that runs it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning.pytorch import Callback
 from nemo_eaft import EAFTConfig
 from nemo_eaft.megatron import unwrap
 from nemo_eaft.nemo import EAFTCallback
-from tests.nemo import jobs
+from tests.nemo import jobs, scripts
 
 
-def run(spec: jobs.Script, mistake: str) -> tuple[jobs.Recorded, list[str]]:
+def run(spec: scripts.Script, mistake: str) -> tuple[jobs.Recorded, list[str]]:
     """What the rank saw, and what was warned of."""
     import warnings
 
@@ -31,7 +31,7 @@ def run(spec: jobs.Script, mistake: str) -> tuple[jobs.Recorded, list[str]]:
     logging.warning = heard
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        seen = jobs.script(MISTAKES[mistake](spec))
+        seen = scripts.script(MISTAKES[mistake](spec))
     return seen, said + [str(warning.message) for warning in caught]
 
 
@@ -51,24 +51,24 @@ def _built(name: str, change: Callable[[dict[str, Any]], None], after: Callable[
     setattr(nl, name, changed)
 
 
-def _callback(spec: jobs.Script, **arguments: Any) -> jobs.Script:
-    """Another EAFTCallback than the one of `jobs.script`."""
+def _callback(spec: scripts.Script, **arguments: Any) -> scripts.Script:
+    """Another EAFTCallback than the one of `scripts.script`."""
     callback = EAFTCallback(run_dir=spec.run_dir, **arguments)
     _built("Trainer", lambda kwargs: None, lambda trainer: trainer.callbacks.append(callback))
     return dataclasses.replace(spec, callback=False)
 
 
-def in_the_constructor(spec: jobs.Script) -> jobs.Script:
+def in_the_constructor(spec: scripts.Script) -> scripts.Script:
     _built("Trainer", lambda kwargs: kwargs.update(callbacks=[EAFTCallback(run_dir=spec.run_dir)]))
     return dataclasses.replace(spec, callback=False)
 
 
-def twice(spec: jobs.Script) -> jobs.Script:
+def twice(spec: scripts.Script) -> scripts.Script:
     _callback(spec)
     return spec
 
 
-def another_strategy(spec: jobs.Script) -> jobs.Script:
+def another_strategy(spec: scripts.Script) -> scripts.Script:
     from lightning.pytorch.strategies import DDPStrategy
 
     _built("Trainer", lambda kwargs: kwargs.update(strategy=DDPStrategy(process_group_backend="gloo")))
@@ -82,38 +82,38 @@ def _strategy(**arguments: Any) -> None:
     _built("Trainer", lambda kwargs: kwargs.update(strategy=strategy))
 
 
-def pytorch_ddp(spec: jobs.Script) -> jobs.Script:
+def pytorch_ddp(spec: scripts.Script) -> scripts.Script:
     _strategy(ddp="pytorch")
     return spec
 
 
-def fsdp(spec: jobs.Script) -> jobs.Script:
+def fsdp(spec: scripts.Script) -> scripts.Script:
     _strategy(fsdp="megatron")
     return spec
 
 
-def accumulation(spec: jobs.Script) -> jobs.Script:
+def accumulation(spec: scripts.Script) -> scripts.Script:
     _built("Trainer", lambda kwargs: kwargs.update(accumulate_grad_batches=2))
     return spec
 
 
-def virtual_pipeline(spec: jobs.Script) -> jobs.Script:
+def virtual_pipeline(spec: scripts.Script) -> scripts.Script:
     _strategy(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
     return spec
 
 
-def small_vocabulary(spec: jobs.Script) -> jobs.Script:
+def small_vocabulary(spec: scripts.Script) -> scripts.Script:
     return _callback(spec, vocab_size=200)
 
 
-def large_vocabulary(spec: jobs.Script) -> jobs.Script:
+def large_vocabulary(spec: scripts.Script) -> scripts.Script:
     return _callback(spec, vocab_size=300)
 
 
 class _Late(Callback):
     """Appends ours in the middle of a fit."""
 
-    def __init__(self, spec: jobs.Script, event: str) -> None:
+    def __init__(self, spec: scripts.Script, event: str) -> None:
         self._spec = spec
         setattr(self, event, self._append)
 
@@ -122,8 +122,8 @@ class _Late(Callback):
             trainer.callbacks.append(EAFTCallback(run_dir=self._spec.run_dir))
 
 
-def _late(event: str) -> Callable[[jobs.Script], jobs.Script]:
-    def mistake(spec: jobs.Script) -> jobs.Script:
+def _late(event: str) -> Callable[[scripts.Script], scripts.Script]:
+    def mistake(spec: scripts.Script) -> scripts.Script:
         late = _Late(spec, event)
         _built("Trainer", lambda kwargs: None, lambda trainer: trainer.callbacks.append(late))
         return dataclasses.replace(spec, callback=False)
@@ -153,7 +153,7 @@ class LoRALinear(torch.nn.Module):
         return self.to_wrap.sharded_state_dict(*args, **kwargs)
 
 
-def lora_on_the_output_layer(spec: jobs.Script) -> jobs.Script:
+def lora_on_the_output_layer(spec: scripts.Script) -> scripts.Script:
     def adapt(model: Any) -> None:
         model.output_layer = LoRALinear(model.output_layer)
 
@@ -177,19 +177,19 @@ class _AfterFitStart(Callback):
             another_loss(unwrap(chunk))
 
 
-def replaced(spec: jobs.Script) -> jobs.Script:
+def replaced(spec: scripts.Script) -> scripts.Script:
     _built("Trainer", lambda kwargs: None, lambda trainer: trainer.callbacks.append(_AfterFitStart()))
     return spec
 
 
-def replaced_before(spec: jobs.Script) -> jobs.Script:
+def replaced_before(spec: scripts.Script) -> scripts.Script:
     change = _Change(another_loss)
     _built("Trainer", lambda kwargs: None, lambda trainer: trainer.callbacks.append(change))
     return spec
 
 
-def _reduction(change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Callable[[jobs.Script], jobs.Script]:
-    def mistake(spec: jobs.Script) -> jobs.Script:
+def _reduction(change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Callable[[scripts.Script], scripts.Script]:
+    def mistake(spec: scripts.Script) -> scripts.Script:
         from nemo.lightning import io
         from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
@@ -212,7 +212,7 @@ def _reduction(change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Callable
     return mistake
 
 
-def no_optimizer(spec: jobs.Script) -> jobs.Script:
+def no_optimizer(spec: scripts.Script) -> scripts.Script:
     class Forgets(Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             for chunk in trainer.strategy.megatron_parallel:
@@ -222,7 +222,7 @@ def no_optimizer(spec: jobs.Script) -> jobs.Script:
     return spec
 
 
-def te_cross_entropy(spec: jobs.Script) -> jobs.Script:
+def te_cross_entropy(spec: scripts.Script) -> scripts.Script:
     class Wants(Callback):
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             pl_module.config.cross_entropy_loss_fusion = True
@@ -232,16 +232,16 @@ def te_cross_entropy(spec: jobs.Script) -> jobs.Script:
     return spec
 
 
-def progress_printer(spec: jobs.Script) -> jobs.Script:
+def progress_printer(spec: scripts.Script) -> scripts.Script:
     _built("Trainer", lambda kwargs: kwargs.update(enable_progress_bar=True))
     return spec
 
 
-def nothing(spec: jobs.Script) -> jobs.Script:
+def nothing(spec: scripts.Script) -> scripts.Script:
     return _callback(spec, config=EAFTConfig())
 
 
-MISTAKES: dict[str, Callable[[jobs.Script], jobs.Script]] = {
+MISTAKES: dict[str, Callable[[scripts.Script], scripts.Script]] = {
     "nothing": nothing,
     "in the constructor": in_the_constructor,
     "twice": twice,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.nemo import jobs, mistakes
+from tests.nemo import jobs, mistakes, scripts
 from tests.nemo.conftest import Workshop
 from tests.nemo.ranks import run_ranks
 
@@ -17,7 +17,7 @@ Said = list[tuple[jobs.Recorded, list[str]]]
 
 
 def script(workshop: Workshop, run_dir: Path, mistake: str, world: int = 1, **changes: Any) -> Said:
-    spec = jobs.Script(
+    spec = scripts.Script(
         workshop.nemo("llama"), workshop.rows, run_dir, world=world, average_in_collective=False, **changes
     )
     return run_ranks(mistakes.run, world, spec, mistake)

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from nemo_eaft import recorder
-from tests.nemo import jobs, reference
+from tests.nemo import jobs, reference, scripts
 from tests.nemo.conftest import Workshop
 from tests.nemo.ranks import run_ranks
 
 
 def run_script(workshop: Workshop, run_dir: Path, **changes: Any) -> list[jobs.Recorded]:
     checkpoint = changes.pop("checkpoint", None) or workshop.nemo("llama")
-    spec = jobs.Script(checkpoint=checkpoint, rows=workshop.rows, run_dir=run_dir, **changes)
-    return run_ranks(jobs.script, spec.world, spec)
+    spec = scripts.Script(checkpoint=checkpoint, rows=workshop.rows, run_dir=run_dir, **changes)
+    return run_ranks(scripts.script, spec.world, spec)
 
 
 def test_a_padded_vocabulary_takes_no_part(workshop: Workshop, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 6
 SAVED = 3
 WORLD = 2
+SLACK = 60
+"""Seconds for what a busy machine adds; every wait that would go unnoticed here is of half an hour."""
 
 
 def make_settings(workshop: Workshop, name: str, **run: Any) -> Settings:
@@ -63,11 +65,11 @@ def same_checkpoint(run_dir: Path, undisturbed: Path, step: int) -> None:
 def killed(workshop: Workshop) -> Job:
     """A run whose rank 1 got `kill -9` in the forward pass of step 5."""
     job = start(make_settings(workshop, "survival-killed"), workshop.nemo("llama"), Sabotage("forward", step=5, rank=1))
-    assert job.wait(240) == 1
-    # torch's own limit for a collective is half an hour.
-    assert job.seconds_since_mark() < 45
+    assert job.wait(400) == 1
+    # Torchrun gives the other rank 30 s to end; torch's own limit for a collective is half an hour.
+    assert job.seconds_since_mark() < 30 + SLACK
     # Megatron's checkpoint writer included, which knows of the death only by looking.
-    job.until_gone(10)
+    job.until_gone(SLACK)
     return job
 
 
@@ -102,26 +104,28 @@ def test_torchrun_starts_the_ranks_again_and_the_weights_are_the_same(workshop: 
     """`kill -9` inside an all-reduce of step 5, under a plain `torchrun --max-restarts=1`."""
     settings = make_settings(workshop, "survival-restarted")
     job = start(settings, workshop.nemo("llama"), Sabotage("collective", step=5, rank=1, attempt=0), torchrun=1)
-    assert job.wait(300) == 0, job.output()[-4000:]
+    assert job.wait(400) == 0, job.output()[-4000:]
     assert job.output().count("exitcode: -9") == 1
     assert checkpoints(job.run_dir) == [f"step={SAVED - 1}", f"step={STEPS - 1}"]
     same_checkpoint(job.run_dir, undisturbed, STEPS)
 
 
 def test_a_stop_saves_even_if_that_takes_longer_than_torchrun_waits(workshop: Workshop, undisturbed: Path) -> None:
-    """Asked for by file before step 1 is done; the save takes a minute longer, for which SIGTERM leaves no time."""
-    settings = make_settings(workshop, "survival-stopped")
+    """Asked for by file while the ranks start; the save takes a minute longer, for which SIGTERM leaves no time, and
+    which is more than twice what any other part of a step may take."""
+    settings = make_settings(workshop, "survival-stopped", stall_seconds=25)
     job = start(settings, workshop.nemo("llama"), Sabotage("slow save", delay=60.0))
     # The ranks start: what the launcher found there is gone by now.
     job.until(lambda: "CPU backend on" in job.output())
     request(job.run_dir, "by the test")
-    assert job.wait(300) == EXIT_STOPPED
+    assert job.wait(400) == EXIT_STOPPED
     note = read_stopped(job.run_dir)
     assert note is not None
-    assert note.step == 1
+    # The step that was the next to end; on a machine that lets this process wait it may be a later one than the first.
+    assert note.step == job.steps() < STEPS
     assert note.reason == "file stop: by the test"
     assert job.seconds_since_mark() > 60
-    assert checkpoints(job.run_dir) == [f"step={note.step - 1}"] == [Path(note.checkpoint or "").name]
+    assert checkpoints(job.run_dir)[-1] == f"step={note.step - 1}" == Path(note.checkpoint or "").name
     assert not (job.run_dir / REQUEST).exists()
     assert f"stopped on request (file stop: by the test) after step {note.step}" in job.last_line()
 
@@ -129,7 +133,7 @@ def test_a_stop_saves_even_if_that_takes_longer_than_torchrun_waits(workshop: Wo
     (job.run_dir / REQUEST).write_text("stale")
     job = start(settings, workshop.nemo("llama"))
     job.until((job.run_dir / "ready.json").exists)
-    assert job.wait(240) == 0
+    assert job.wait(400) == 0
     assert "it asked for a stop before this run was started" in job.output()
     assert read_stopped(job.run_dir) is None
     assert checkpoints(job.run_dir)[-1] == f"step={STEPS - 1}"
@@ -147,15 +151,15 @@ def test_a_stop_saves_even_if_that_takes_longer_than_torchrun_waits(workshop: Wo
     ],
 )
 def test_a_stalled_rank_is_named_with_its_stack(workshop: Workshop, undisturbed: Path, place: Place, told: str) -> None:
-    settings = make_settings(workshop, f"survival-{place}", stall_seconds=10)
+    settings = make_settings(workshop, f"survival-{place}", stall_seconds=15)
     job = start(settings, workshop.nemo("llama"), Sabotage(place, step=5, rank=1))
-    assert job.wait(240) == 1
+    assert job.wait(400) == 1
     assert re.search(told, job.last_line()), job.last_line()
     error = json.loads((job.run_dir / launch.ERROR).read_text())
     assert (error["rank"], error["kind"]) == (1, "stall")
     assert "rank 0: the forward of step 5, micro-batch 1, waits in" in error["traceback"]
     assert ("in forever" in error["traceback"]) == (place == "sleep in forward")
-    # Ten seconds to notice, five to hear the others, thirty until torchrun kills what does not end.
-    assert job.seconds_since_mark() < 10 + 5 + 30 + 15
+    # To notice, to hear the others and their dumps, and until torchrun kills what does not end.
+    assert job.seconds_since_mark() < 15 + 5 + 6 + 30 + SLACK
     same_checkpoint(job.run_dir, undisturbed, SAVED)
-    job.until_gone(10)
+    job.until_gone(SLACK)
