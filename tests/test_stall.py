@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from nemo_eaft import launch, stall
+from nemo_eaft.settings import RunSettings
 from nemo_eaft.stall import Answer, judge
 from nemo_eaft.watchdog import Watchdog, clear
 
@@ -125,6 +126,13 @@ def test_noting_costs_nothing() -> None:
     print(f"a note takes {each * 1e9:.0f} ns")
     assert each < 20e-6
     assert watchdog.progress == 100_000
+
+
+def test_limits_that_mean_nothing_are_said() -> None:
+    with pytest.raises(ValueError, match=r"run\.save_seconds=0 must be 1 or more"):
+        RunSettings(dir="runs/mine", save_seconds=0)
+    with pytest.warns(UserWarning, match=r"run\.save_seconds=10 has no effect with run\.stall_seconds=0"):
+        RunSettings(dir="runs/mine", stall_seconds=0, save_seconds=10)
 
 
 PROGRAM = """

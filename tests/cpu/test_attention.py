@@ -52,7 +52,8 @@ def compare(embedding: str, tensor: int, recompute: bool, case: str) -> dict[str
     """Largest differences between the sequences packed and each by itself, in float64; also of the wrong variant."""
     models.start(tensor)
     recomputed = {"recompute_granularity": "selective"} if recompute else {}
-    config = models.config(tensor, sequence_parallel=tensor > 1, **recomputed)
+    window = {"window_size": [2, 0]} if case == "window" else {}
+    config = models.config(tensor, sequence_parallel=tensor > 1, **recomputed, **window)
     model = models.gpt(config, position_embedding_type=embedding).double()
     # Sequence parallelism cuts each sequence of the reference over the ranks.
     lengths = LENGTHS if tensor == 1 else (4, 2, 8, 2)
@@ -91,6 +92,7 @@ def compare(embedding: str, tensor: int, recompute: bool, case: str) -> dict[str
         ("rope", 1, False, "plain"),
         ("rope", 1, True, "plain"),
         ("rope", 1, False, "padding behind each"),
+        ("rope", 1, False, "window"),
         ("rope", 1, False, "tail as a sequence"),
         ("rope", 1, False, "empty sequences"),
         ("learned_absolute", 1, False, "plain"),
@@ -147,3 +149,20 @@ def too_long() -> str:
 def test_bounds_behind_the_tokens_are_an_error() -> None:
     (message,) = run_ranks(too_long, 1)
     assert message == "cu_seqlens: sequences of 5 tokens in a batch of 4"
+
+
+def window_over_context_ranks() -> str:
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    models.start()
+    config = models.config(context_parallel_size=2, window_size=[2, 0])
+    with pytest.raises(ValueError) as error:
+        DotProductAttention(config, 1, AttnMaskType.causal, "self")
+    return str(error.value)
+
+
+def test_a_window_over_context_parallel_ranks_is_refused_when_the_model_is_built() -> None:
+    """Megatron's softmax makes the window's mask itself, for a whole sequence, and ignores the one it is given."""
+    (message,) = run_ranks(window_over_context_ranks, 1)
+    assert message.startswith("window_size: [2, 0] with context_parallel_size=2; the CPU backend has sliding-window")
