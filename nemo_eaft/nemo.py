@@ -331,8 +331,13 @@ class EAFTCallback(Callback):
             if self.measure_only
             else ""
         )
-        finding = find(bad, seen, here(), size, _tokenizer(trainer))
-        raise_for_loss(trainer.global_step + 1, metrics, finding, count, hint)
+        raise_for_loss(
+            trainer.global_step + 1,
+            metrics,
+            lambda: find(bad, seen, here(), size, _tokenizer(trainer)),
+            count,
+            hint,
+        )
 
 
 def _chunks(trainer: Trainer) -> list[Any]:

@@ -7,13 +7,14 @@ whether to look at them is decided by the step's loss, after all ranks have agre
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from nemo_eaft.batches import describe
-from nemo_eaft.loss.collectives import gather_objects
+from nemo_eaft.loss.collectives import everywhere
 from nemo_eaft.metrics import StepMetrics
 from nemo_eaft.place import Place
 
@@ -83,20 +84,23 @@ def whole_position(local: int, length: int, rank: int, size: int) -> int:
     return piece * half + local % half
 
 
-def raise_for_loss(step: int, metrics: StepMetrics, finding: Finding | None, micro_batches: int, hint: str) -> None:
+def raise_for_loss(
+    step: int, metrics: StepMetrics, finding: Callable[[], Finding | None], micro_batches: int, hint: str
+) -> None:
     """Gather what all ranks found and end the run. Every rank calls it: they have agreed that a loss is not finite.
 
     Args:
         metrics: as this rank has them. Finite where only tensor-parallel ranks with other rows or loss masks than this
             one see what is wrong.
+        finding: what this rank knows. An error in it is everybody's.
         micro_batches: of one rank in one step.
         hint: a last sentence, or nothing.
 
     Raises:
         RuntimeError: always, with the same message on every rank.
     """
-    told = gather_objects((finding, metrics.loss, metrics.cross_entropy))
-    everywhere = [value for value, _, _ in told if value is not None]
+    told = everywhere(lambda: (finding(), metrics.loss, metrics.cross_entropy))
+    findings = [value for value, _, _ in told if value is not None]
     losses = [loss for _, loss, _ in told if not math.isfinite(loss)]
     loss, cross_entropy = next((one[1:] for one in told if not math.isfinite(one[1])), told[0][1:])
     said = (
@@ -108,12 +112,12 @@ def raise_for_loss(step: int, metrics: StepMetrics, finding: Finding | None, mic
             f". Only {len(losses)} of {len(told)} ranks have such a loss: tensor-parallel ranks were given different "
             "rows or loss masks, which loss.check_replicas=1 finds"
         )
-    if everywhere:
-        first = min(everywhere, key=lambda value: (value.micro_batch, value.place.rank))
+    if findings:
+        first = min(findings, key=lambda value: (value.micro_batch, value.place.rank))
         # Ranks of a tensor-parallel group have the same tokens; one of them counts.
-        counted = [value for value in everywhere if value.place.tensor == first.place.tensor]
+        counted = [value for value in findings if value.place.tensor == first.place.tensor]
         tokens, batches = (sum(getattr(value, name) for value in counted) for name in ("tokens", "micro_batches"))
-        ranks = ", ".join(str(value.place.rank) for value in everywhere)
+        ranks = ", ".join(str(value.place.rank) for value in findings)
         said += (
             f". The first loss that is not finite: {first.place}, micro-batch {first.micro_batch + 1} of "
             f"{micro_batches}, row {first.row + 1} of it, position {first.position}: {first.sample}. In all {tokens} "

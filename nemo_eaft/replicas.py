@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nemo_eaft.batches import describe
-from nemo_eaft.loss.collectives import gather_objects, gather_over_world
+from nemo_eaft.loss.collectives import everywhere, gather_over_world
 from nemo_eaft.place import Place
 
 KEYS = ("tokens", "labels", "loss_mask")
@@ -92,13 +92,14 @@ def check_replicas(
     """
     mine = torch.full((count + 1, len(KEYS)), place.data, dtype=torch.int64)
     mine[1:] = digests(batches, count)
-    everywhere = gather_over_world(mine.to(device)).cpu()
-    found = differences(everywhere[:, 0, 0], everywhere[:, 1:])
+    all_ranks = gather_over_world(mine.to(device)).cpu()
+    found = differences(all_ranks[:, 0, 0], all_ranks[:, 1:])
     if not found:
         return
     first = found[0]
     given = batches[first.micro_batch] if first.micro_batch < len(batches) else None
-    said = gather_objects((str(place), "no micro-batch" if given is None else _rows(given, tokenizer)))
+    # What a rank was given may be such that it cannot even be told.
+    said = everywhere(lambda: (str(place), "no micro-batch" if given is None else _rows(given, tokenizer)))
     (one, its_rows), (other, other_rows) = said[first.reference], said[first.rank]
     more = f"; {len(found) - 1} more ranks differ from theirs" if len(found) > 1 else ""
     raise RuntimeError(
