@@ -40,9 +40,10 @@ class LiveBytes(TorchDispatchMode):
                 self._see(tensor.untyped_storage())
         return out
 
-    def see_arguments(self, *tensors: torch.Tensor) -> None:
-        """Those were there before."""
-        self._known.update(tensor.untyped_storage().data_ptr() for tensor in tensors)
+    def leave_out(self, *trees: Any) -> None:
+        """The tensors in nested dicts and lists, which are there already."""
+        leaves = [leaf for leaf in tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
+        self._known.update(tensor.untyped_storage().data_ptr() for tensor in leaves)
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         address, size = storage.data_ptr(), storage.nbytes()
@@ -70,7 +71,7 @@ def train(plan: jobs.Plan) -> list[Gathered]:
         if empty_data:  # a load
             return gather(self, use_gloo_comm=use_gloo_comm, empty_data=True, **kwargs)
         live = LiveBytes()
-        live.see_arguments(*jobs.tensors(self.optimizer.state_dict()), *self.model_param_gbuf_map)
+        live.leave_out(self.optimizer.state_dict(), list(self.model_param_gbuf_map))
         with live:
             state = gather(self, use_gloo_comm=use_gloo_comm, empty_data=False, **kwargs)
         parameters = sum(buffer.numel_unpadded for buffer in self.buffers)

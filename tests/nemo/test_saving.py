@@ -27,6 +27,6 @@ def test_only_one_rank_holds_the_gathered_state(workshop: Workshop) -> None:
     assert first[0].held == pytest.approx(STATE, rel=1e-3)
     assert second[0].held == 0
     # Beside the whole state: this rank's half of it, and two of its three tensors as they arrive, in parts and joined.
-    assert first[0].peak < 3 * STATE
+    assert first[0].peak < 2.6 * STATE
     # Its own half of the state, on its way.
     assert second[0].peak < 0.6 * STATE
