@@ -283,7 +283,7 @@ def launcher(tmp_path: Path, fake_rank: str) -> Iterator[subprocess.Popen[bytes]
         yield process
         process.kill()
         # Nothing of the run is left: no process has its folder among its arguments.
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while _processes_with(str(tmp_path / "run")):
             assert time.monotonic() < deadline, "ranks outlived their launcher"
             time.sleep(0.2)
@@ -300,7 +300,7 @@ def test_a_launcher_asks_for_a_stop_first_and_ends_its_ranks_when_told_again(
     launcher: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signals
 ) -> None:
     launcher.send_signal(number)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "stop").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
