@@ -123,13 +123,11 @@ def test_a_run_that_died_in_its_first_save_starts_again_by_itself(
     shutil.rmtree(finished)
     (run_dir / saved.SAVED).unlink()
     if marked:
-        with pytest.warns(UserWarning, match="starts anew: no checkpoint was ever finished"):
-            make_checkpoint(finished, unfinished=True)
-            assert run(capsys, *words)[0] == 0
-    else:
-        code, out, _ = run(capsys, *words)
-        assert code == 0
-        assert "metrics.jsonl: steps after 0 are done again; their lines are now in metrics.1.jsonl" in out
+        make_checkpoint(finished, unfinished=True)
+    code, out, err = run(capsys, *words)
+    assert code == 0
+    assert ("starts anew: no checkpoint was ever finished" in err) == marked
+    assert "metrics.jsonl: steps after 0 are done again; their lines are now in metrics.1.jsonl" in out
     assert len(started) == 1
     # Begun anew, but what was measured is kept.
     assert recorder.read(run_dir / saved.METRICS) == []
@@ -153,11 +151,9 @@ def test_the_newest_checkpoint_is_gone_and_an_older_one_is_taken(
 ) -> None:
     older, newest = train(home / "run", 5)
     shutil.rmtree(newest)
-    with pytest.warns(
-        UserWarning, match=r"step=3, saved after step 4, is not there any more; the run goes on from .*1"
-    ):
-        code, out, _ = run(capsys, *words)
+    code, out, err = run(capsys, *words)
     assert code == 0
+    assert f"step=3, saved after step 4, is not there any more; the run goes on from {older}" in err
     assert "steps after 2 are done again; their lines are now in metrics.1.jsonl" in out
     assert json.loads((home / "run" / "ready.json").read_text())["resume_from"] == str(older)
     assert [row["step"] for row in recorder.read(home / "run" / "metrics.1.jsonl")] == [3, 4, 5]
