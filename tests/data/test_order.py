@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemo_eaft.data import build_module, prepare
-from nemo_eaft.data.order import RowOrder
+from nemo_eaft.data import build_module, order, prepare
 from tests.data.support import chat, make_settings, make_tokenizer, write_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.unpoisoned]
 
 ROWS = 23
 BATCH = 4
+ALONE = {"sanity_check_dist_workers": False}
+"""There are no other ranks, which NeMo would ask whether they build the data set as well."""
 SHORT, LONG = 5, 16  # steps; 23 rows end in the middle of the sixth batch
 
 
@@ -53,7 +55,7 @@ def drawn(folder: Path, tokenizer: Any, kind: str, steps: int, seed: int) -> tup
     path = module.train_path_packed if prepared.packed else module.train_path
     # As FineTuningDataModule.setup and train_dataloader do it.
     samples = math.ceil(BATCH * steps * 1.005)
-    dataset = module._create_dataset(path, max_num_samples=samples, **module.dataset_kwargs)
+    dataset = module._create_dataset(path, max_num_samples=samples, **ALONE, **module.dataset_kwargs)
     assert len(dataset) == samples
     places = [dataset[place]["metadata"] for place in range(BATCH * steps)]
     return [place["pack" if prepared.packed else "line"] for place in places], prepared.train_samples
@@ -93,7 +95,7 @@ def test_nemo_alone_draws_rows_again_in_a_longer_run_and_does_not_know_the_seed(
     rows = write_jsonl(tmp_path / "t.jsonl", KINDS["pair"][0])
 
     def nemos(samples: int, seed: int) -> list[int]:
-        dataset = create_sft_dataset(rows, tokenizer, 48, seed=seed, max_num_samples=samples)
+        dataset = create_sft_dataset(rows, tokenizer, 48, seed=seed, max_num_samples=samples, **ALONE)
         return [int(dataset.samples_mapping[place][0]) for place in range(samples)]
 
     long = nemos(4 * ROWS - 3, 7)
@@ -101,14 +103,19 @@ def test_nemo_alone_draws_rows_again_in_a_longer_run_and_does_not_know_the_seed(
     assert nemos(ROWS, 7) != long[:ROWS]
 
 
-def test_an_order_of_many_blocks() -> None:
-    """NeMo shuffles blocks of a million rows, and in them."""
-    rows = 2_000_003
-    order = RowOrder(rows, 2 * rows, seed=2**32 - 1)
-    assert sorted(order[place][0] for place in range(rows)) == list(range(rows))
-    before = [order[place][0] for place in (0, rows - 1, rows, 2 * rows - 1)]
-    other = RowOrder(rows, 10 * rows, seed=2**32 - 1)
-    assert [other[place][0] for place in (0, rows - 1, rows, 2 * rows - 1)] == before
+def test_an_order_of_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NeMo shuffles blocks, and in them; here of ten rows instead of a million."""
+    blocks = functools.partial(order._OnlineSampleMapping, block_size=10)
+    monkeypatch.setattr(order, "_OnlineSampleMapping", blocks)
+    rows = 43
+    short, long = (order.RowOrder(rows, count * rows, seed=2**32 - 1) for count in (2, 9))
+    drawn = [long[place][0] for place in range(9 * rows)]
+    assert [short[place][0] for place in range(2 * rows)] == drawn[: 2 * rows]
+    epochs = [drawn[start : start + rows] for start in range(0, len(drawn), rows)]
+    assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    # Whatever is asked for first.
+    assert [short[place][0] for place in reversed(range(2 * rows))] == drawn[: 2 * rows][::-1]
     for place in (-1, 2 * rows):
         with pytest.raises(IndexError, match=f"place {place} of an order of {2 * rows}"):
-            order[place]
+            short[place]
