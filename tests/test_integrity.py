@@ -149,7 +149,7 @@ def test_a_listing_that_lags_behind_loses_no_file(folder: Path, monkeypatch: pyt
         if len(waits) == 3:
             aside.rename(folder / name)
 
-    monkeypatch.setattr(integrity.time, "sleep", arrive)
+    monkeypatch.setattr("nemo_eaft.integrity.time.sleep", arrive)
     write_sums(folder, known)
     assert len(waits) == 3
     assert (folder / SUMS).read_text() == before

@@ -30,10 +30,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoTokenizer(str(folder))
 
 
-KINDS = {
+KINDS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "chat": ([{"messages": chat(f"Question {n}?", f"Answer {n}.")} for n in range(ROWS)], {}),
     "pair": ([{"input": f"Question {n}?", "output": f"Answer {n}."} for n in range(ROWS)], {}),
-    # Two rows to a pack, so that there are as many places in an epoch as in no other case.
     "packed": (
         [{"input": f"Question {n}?", "output": f"Answer {n}."} for n in range(ROWS)],
         {"packed": True, "packed_size": 48},
@@ -105,8 +104,9 @@ def test_nemo_alone_draws_rows_again_in_a_longer_run_and_does_not_know_the_seed(
 
 def test_an_order_of_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """NeMo shuffles blocks, and in them; here of ten rows instead of a million."""
-    blocks = functools.partial(order._OnlineSampleMapping, block_size=10)
-    monkeypatch.setattr(order, "_OnlineSampleMapping", blocks)
+    from nemo.collections.llm.gpt.data.utils import _OnlineSampleMapping
+
+    monkeypatch.setattr(order, "_OnlineSampleMapping", functools.partial(_OnlineSampleMapping, block_size=10))
     rows = 43
     short, long = (order.RowOrder(rows, count * rows, seed=2**32 - 1) for count in (2, 9))
     drawn = [long[place][0] for place in range(9 * rows)]
