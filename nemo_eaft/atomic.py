@@ -35,6 +35,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def numbered(path: Path) -> Path:
+    """A name beside ``path`` that nothing has: ``<stem>.1<suffix>``, or the next number."""
+    number = 1
+    while (free := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return free
+
+
 @contextmanager
 def complete_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, renamed to `target` when the block ends well and removed when it does not.

@@ -6,8 +6,10 @@ Nothing is deleted here. NeMo removes what a killed save left (``-unfinished``) 
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,12 +61,28 @@ def steps_done(checkpoint: Path) -> int:
     return int(digits) + 1 if digits.isdigit() else 0
 
 
-def choose(run_dir: Path) -> Choice:
+def dangling(path: Path) -> Path | None:
+    """The path, or the folder above it, that is a link to nothing: a disk that is not mounted, for one."""
+    return next((each for each in (path, *path.parents) if each.is_symlink() and not each.exists()), None)
+
+
+def choose(run_dir: Path, proofs: Sequence[str] = ()) -> Choice:
     """Read the newest checkpoint of a run, and older ones as long as they are damaged. Warns of each that is not used.
 
+    Args:
+        run_dir: of the run.
+        proofs: what shows that the run has had a whole checkpoint (:func:`nemo_eaft.saved.proofs`).
+
     Raises:
-        ValueError: there are finished checkpoints but none is whole; names every file and what is wrong with it.
+        ValueError: there are finished checkpoints but none is whole; names every file and what is wrong with it. Or
+            there is none, and one has been there; or their folder is a link to nothing, or no folder.
     """
+    folder = run_dir / FOLDER
+    link = dangling(folder)
+    if link is not None:
+        raise ValueError(f"{link} is a link to {os.readlink(link)}, which is not there: is its disk mounted?")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
     damaged: dict[Path, list[str]] = {}
     chosen = None
     for path in reversed(_folders(run_dir)):
@@ -78,6 +96,17 @@ def choose(run_dir: Path) -> Choice:
         raise ValueError(
             f"run.dir={run_dir}: no checkpoint is whole, so the run cannot go on:\n  {listed}\nPut the files right, or "
             f"choose another run.dir"
+        )
+    if chosen is None and proofs:
+        unfinished = ", ".join(path.name for path in _unfinished(run_dir))
+        there = f"only what was not finished: {unfinished}" if unfinished else "none"
+        if not folder.is_dir():
+            there = "no such folder"
+        shown = "\n  ".join(proofs)
+        raise ValueError(
+            f"run.dir={run_dir}: the run has had checkpoints in {folder}, but now there is {there}; bring them back "
+            f"(is the disk mounted?) and start again. To start anew on purpose choose another run.dir, or remove what "
+            f"shows that it had them:\n  {shown}"
         )
     choice = Choice(chosen, tuple(damaged))
     if damaged:

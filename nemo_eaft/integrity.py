@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ SUMS = "SHA256SUMS"
 _CHUNK = 8 * 1024 * 1024  # bytes
 _THREADS = 16  # at most; hashlib lets go of the interpreter, so they run side by side
 _SIZE = "# bytes"
+_PATIENCE = 120.0  # seconds; NFS keeps what it knows of a folder for 60 (`acdirmax`)
+_AGAIN = 1.0  # seconds
 T = TypeVar("T")
 
 
@@ -59,17 +62,23 @@ def write_sums(folder: Path, known: Mapping[str, Sum] | None = None) -> None:
 
     Args:
         folder: the checkpoint.
-        known: sums of files that were hashed already, by relative path; the others are hashed here.
+        known: sums of files that were hashed already, by relative path; the others are hashed here. They are listed
+            even if the folder's listing lags behind, as that of a network file system does where another machine wrote
+            them, but each must be seen here within two minutes.
 
     Raises:
-        ValueError: a file of ``known`` is not there, or a name has a line break.
+        ValueError: a file of ``known`` is not seen here, or a name has a line break.
         OSError: as for :func:`sums`.
     """
-    there = files(folder)
     known = known or {}
-    gone = sorted(set(known) - set(there))
-    if gone:
-        raise ValueError(f"{folder}: {gone[0]} was hashed by another rank but is not seen here: is the disk shared?")
+    there = sorted({*files(folder), *known})
+    deadline = time.monotonic() + _PATIENCE
+    while gone := [name for name in known if not (folder / name).is_file()]:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{folder}: {gone[0]} was hashed by another rank but is not seen here: is the disk shared?"
+            )
+        time.sleep(_AGAIN)
     broken = [name for name in there if "\n" in name or "\\" in name]
     if broken:
         raise ValueError(f"{folder}: {broken[0]!r} has a line break or backslash in its name")

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from nemo_eaft.agent import Killed
 
 ERROR = "error.json"
+LAUNCHER = "NEMO_EAFT_LAUNCHER"
+"""Environment variable: :data:`PROCESS` of the launcher that has made a run ready and then started this rank."""
+PROCESS = uuid.uuid4().hex
+"""This process, and no other."""
 _PROMPT = 5.0
 """Seconds: an error older than that when the agent saw a rank killed was not its consequence."""
 _PACKAGE = str(Path(__file__).parent) + os.sep
@@ -111,7 +116,7 @@ def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft
     run_dir = Path(settings.run.dir)
     (run_dir / ERROR).unlink(missing_ok=True)
     stop.clear(run_dir)
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", stop.CLEARED: "1"}
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", stop.CLEARED: "1", LAUNCHER: PROCESS}
     if settings.parallel.tensor > 1 or settings.parallel.context > 1:
         # Megatron's overlapped communication relies on the order in which kernels are issued (Hopper and
         # before).

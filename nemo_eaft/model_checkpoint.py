@@ -15,12 +15,14 @@ from typing import Any
 
 import nemo.lightning as nl
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint as LightningModelCheckpoint
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 from nemo.lightning.io.pl import TrainerContext
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_eaft.integrity import files, sums, write_sums
 from nemo_eaft.loss.collectives import everywhere, gather_objects, on_rank_zero
+from nemo_eaft.saved import Saved, write
 
 
 class ModelCheckpoint(nl.ModelCheckpoint):
@@ -29,13 +31,17 @@ class ModelCheckpoint(nl.ModelCheckpoint):
     A checkpoint bears NeMo's mark of an unfinished one until `SHA256SUMS` is written: every rank hashes the files it
     wrote itself, rank 0 the others. Contexts are always saved.
 
+    record: file that is to name the newest finished checkpoint, `run.dir/saved.json`; outside of their folder, so that
+        a run which has lost it is not taken for a new one. None: none is written.
+
     Raises, on every rank, while it saves:
         RuntimeError: the checkpoint could not be written; names it, the cause, and how much space the disk has left.
         ValueError: NeMo's EMA callback is there, whose second checkpoint would have no sums.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, record: str | Path | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"always_save_context": False, "save_context_on_train_end": False})
+        self._record = None if record is None else Path(record)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         folder = Path(ckpt_to_dir(filepath))
@@ -54,11 +60,25 @@ class ModelCheckpoint(nl.ModelCheckpoint):
     ) -> Callable[[], None]:
         finalize: Callable[[], None] = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
 
+        folder = Path(ckpt_to_dir(filepath))
+        record = self._record
+
         def sealed() -> None:
-            seal(trainer, Path(ckpt_to_dir(filepath)))
+            seal(trainer, folder)
             finalize()
+            if record is not None:
+                on_rank_zero(lambda: write(record, Saved(folder.name, global_step)))
 
         return sealed
+
+    def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str, override_async: bool = False) -> None:
+        # NeMo takes every "-last" out of the link's path to see whether its step is saved already (line 552). With one
+        # in the name of a folder it would not see it, and save a second time in place of the link.
+        saved, link = Path(ckpt_to_dir(filepath)), Path(ckpt_to_dir(linkpath))
+        if link != saved.with_name(f"{saved.name}-last") or self.async_save:
+            super()._link_checkpoint(trainer, filepath, linkpath, override_async)
+        else:
+            LightningModelCheckpoint._link_checkpoint(trainer, str(saved), str(link))
 
 
 def seal(trainer: Trainer, folder: Path) -> None:

@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eaft import compose
-from nemo_eaft.atomic import replacing
-from nemo_eaft.checkpoints import Choice, checkpoints_in, choose, is_checkpoint, set_aside
+from nemo_eaft.atomic import numbered, replacing
+from nemo_eaft.checkpoints import Choice, checkpoints_in, choose, dangling, is_checkpoint, set_aside
 from nemo_eaft.convert import hf_folder, run_in_own_process
 from nemo_eaft.data import prepare
-from nemo_eaft.data.prepare import PreparedData, is_prepared, source_changes
+from nemo_eaft.data.prepare import PreparedData, is_prepared, order_of, source_changes
 from nemo_eaft.hf_model import check_model, home, imported_folder
 from nemo_eaft.integrity import SUMS, faults
-from nemo_eaft.launch import job_identity
+from nemo_eaft.launch import LAUNCHER, PROCESS, job_identity
+from nemo_eaft.machine import check_machine
+from nemo_eaft.recorder import drop_after
+from nemo_eaft.saved import METRICS, proofs, warn_if_lost
 from nemo_eaft.settings import Settings, known_keys
 
 CONFIG = "config.yaml"
@@ -119,7 +122,7 @@ def open_model(settings: Settings) -> Model:
 
 def make_ready(settings: Settings, allow_change: bool = False) -> Ready:
     """Check everything, then write rows, converted checkpoint, ``config.yaml`` and ``ready.json``, as far as they are
-    not there.
+    not there. A rank 0 whose launcher has just done so does not read everything through a second time.
 
     Args:
         settings: the run.
@@ -131,32 +134,63 @@ def make_ready(settings: Settings, allow_change: bool = False) -> Ready:
     check_machine(settings)
     changed = check_run_dir(settings, allow_change)
     run_dir = Path(settings.run.dir)
+    by_launcher = _made_by_launcher(run_dir)
+    if by_launcher is not None and not _missing(settings, by_launcher):
+        _leave(by_launcher, run_dir)
+        return by_launcher
     (run_dir / READY).unlink(missing_ok=True)
     model = open_model(settings)
-    choice = choose(run_dir)
+    choice = choose(run_dir, proofs(run_dir, _trained_with(run_dir)))
+    if not choice.damaged:
+        warn_if_lost(run_dir, choice.checkpoint, choice.steps)
     if choice.checkpoint is not None:
         changed += check_data(settings, model, allow_change)
     if changed:
-        _say_changed(settings, changed, choice)
+        listed = "\n  ".join(changed)
+        print(f"run.dir={run_dir}: --allow-config-change accepts\n  {listed}", flush=True)
+    before = order_of(run_dir / "data")
     prepare_rows(settings, model)
+    if changed and choice.checkpoint is not None:
+        same_seed = not any(line.startswith("trainer.seed:") for line in changed)
+        _say_order(choice, same_seed and before == order_of(run_dir / "data"))
     checkpoint = import_model(settings, model, weights=choice.checkpoint is None)
     set_aside(choice)
-    save_config(settings)
     finished = choice.steps >= settings.trainer.max_steps
+    # Before config.yaml, which tells what the lines in it prove.
+    if not finished and (aside := drop_after(run_dir / METRICS, choice.steps)) is not None:
+        print(f"{run_dir / METRICS}: steps after {choice.steps} are done again; their lines are now in {aside.name}")
+    save_config(settings)
     resume_from = None if choice.checkpoint is None else choice.checkpoint.absolute()
     ready = Ready(checkpoint.absolute(), finished, resume_from)
-    with replacing(run_dir / READY) as temporary:
-        content = asdict(ready) | {"job": _job()}
-        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    _leave(ready, run_dir)
     return ready
 
 
-def _say_changed(settings: Settings, changed: list[str], choice: Choice) -> None:
-    listed = "\n  ".join(changed)
-    print(f"run.dir={settings.run.dir}: --allow-config-change accepts\n  {listed}", flush=True)
-    if choice.checkpoint is not None:
-        done = choice.steps
-        print(f"  step {done + 1} follows with these; the order of rows goes on after {done} batches", flush=True)
+def _say_order(choice: Choice, goes_on: bool) -> None:
+    done = choice.steps
+    order = f"the order of rows goes on after {done} batches"
+    if not goes_on:
+        order = f"the order of rows is another one and starts after {done} batches: rows may come again, or not at all"
+    print(f"  step {done + 1} follows with these; {order}", flush=True)
+
+
+def _trained_with(run_dir: Path) -> Settings | None:
+    path = run_dir / CONFIG
+    return compose.load(path) if path.is_file() else None
+
+
+def _leave(ready: Ready, run_dir: Path) -> None:
+    with replacing(run_dir / READY) as temporary:
+        content = asdict(ready) | {"job": _job(), "process": PROCESS}
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _made_by_launcher(run_dir: Path) -> Ready | None:
+    """What the launcher of this rank left, for the first attempt: after that there may be newer checkpoints."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return None
+    return read_ready(run_dir, process=launcher)
 
 
 def _job() -> str:
@@ -232,8 +266,9 @@ def _missing(settings: Settings, ready: Ready | None) -> str:
     return "" if is_checkpoint(ready.checkpoint) else f"the converted checkpoint {ready.checkpoint}"
 
 
-def read_ready(run_dir: Path, job: str | None = None) -> Ready | None:
-    """What :func:`make_ready` left in ``run_dir``: in the job of that identity, or with None in any; else None."""
+def read_ready(run_dir: Path, job: str | None = None, process: str | None = None) -> Ready | None:
+    """What :func:`make_ready` left in ``run_dir``: in the job and the process of that identity, or with None in any;
+    else None."""
     try:
         content = json.loads((run_dir / READY).read_text(encoding="utf-8"))
         resume_from = content["resume_from"]
@@ -242,7 +277,8 @@ def read_ready(run_dir: Path, job: str | None = None) -> Ready | None:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return ready if job is None or content.get("job") == job else None
+    wanted = {"job": job, "process": process}
+    return ready if all(value in (None, content.get(key)) for key, value in wanted.items()) else None
 
 
 def _holds(settings: Settings) -> bool:
@@ -290,26 +326,6 @@ def _check_imported(folder: Path, weights: bool) -> None:
         raise ValueError(f"the converted checkpoint {folder} is damaged; remove it to convert anew:\n  {listed}")
 
 
-def check_machine(settings: Settings) -> None:
-    """Refuse a backend that this machine does not have.
-
-    Raises:
-        ValueError: naming ``run.backend`` or ``trainer.gpus_per_node``.
-    """
-    import torch
-
-    there, wanted = torch.cuda.device_count(), settings.trainer.gpus_per_node
-    if settings.run.backend == "cpu":
-        if there:
-            raise ValueError(
-                f"run.backend=cpu is for machines without a GPU, this one has {there}: use run.backend=cuda"
-            )
-    elif there == 0:
-        raise ValueError("run.backend=cuda: no GPU here; run.backend=cpu trains without one")
-    elif wanted > there:
-        raise ValueError(f"trainer.gpus_per_node={wanted}: this machine has {there}")
-
-
 def check_run_dir(settings: Settings, allow_change: bool = False) -> list[str]:
     """Refuse a ``run.dir`` that belongs to another run.
 
@@ -324,6 +340,9 @@ def check_run_dir(settings: Settings, allow_change: bool = False) -> list[str]:
         ValueError: with the settings that differ.
     """
     folder = Path(settings.run.dir)
+    link = dangling(folder)
+    if link is not None:
+        raise ValueError(f"run.dir={folder}: {link} is a link to {os.readlink(link)}, which is not there")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run.dir={folder} is a file")
     checkpoints = checkpoints_in(folder)
@@ -376,9 +395,6 @@ def save_config(settings: Settings) -> None:
     """Write ``config.yaml``; another one that was there is kept as ``config.<number>.yaml``, the oldest being 1."""
     path = Path(settings.run.dir) / CONFIG
     if path.is_file() and compose.load(path) != settings:
-        number = 1
-        while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-            number += 1
-        with replacing(kept) as temporary:
+        with replacing(numbered(path)) as temporary:
             temporary.write_bytes(path.read_bytes())
     compose.save(settings, path)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from nemo_eaft.atomic import replacing
+from nemo_eaft.atomic import numbered, replacing
 from nemo_eaft.metrics import StepMetrics
 
 STEP_KEYS = (
@@ -44,9 +44,7 @@ class MetricsFile:
 
     Args:
         path: the file; it need not exist.
-        start_step: the step the run continues from, 0 for a new run. Lines of later steps belong to work
-            that was lost and is done again, so they are dropped; so is a last line that the killed process
-            did not finish. Both happen in one rename: no crash can lose the lines that stay.
+        start_step: the step the run continues from, 0 for a new run; see :func:`drop_after`.
 
     Raises:
         ValueError: ``start_step`` is negative, or a line other than an unfinished last one is not a row.
@@ -58,7 +56,7 @@ class MetricsFile:
         self.path = Path(path)
         self._step = start_step
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._keep_until(start_step)
+        drop_after(self.path, start_step)
         # Unbuffered: each line is one write(), on its way to the disk before append returns, so a reader
         # beside the run sees whole lines and a killed run loses none.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open for the life of the object)
@@ -109,14 +107,33 @@ class MetricsFile:
         line = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
-    def _keep_until(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
-        kept = b"".join(line + b"\n" for line, row in _parse(content, self.path) if row["step"] <= step)
-        if kept != content:
-            with replacing(self.path) as temporary:
-                temporary.write_bytes(kept)
+
+def drop_after(path: Path, step: int) -> Path | None:
+    """Take the lines of later steps out of a file: their work was lost and is done again.
+
+    They are kept in ``<stem>.<number>.jsonl`` beside it, the oldest being 1. A last line that a killed process did not
+    finish is dropped. What stays takes its place in one rename: no crash can lose a line.
+
+    Returns:
+        The file that they went to; None if there were none.
+
+    Raises:
+        ValueError: a line other than an unfinished last one is not a row; nothing was changed then.
+    """
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    lines = [(line + b"\n", row["step"] <= step) for line, row in _parse(content, path)]
+    kept, dropped = (b"".join(line for line, stays in lines if stays == which) for which in (True, False))
+    aside = None
+    if dropped:
+        aside = numbered(path)
+        with replacing(aside) as temporary:
+            temporary.write_bytes(dropped)
+    if kept != content:
+        with replacing(path) as temporary:
+            temporary.write_bytes(kept)
+    return aside
 
 
 def read(path: Path) -> list[Row]:

@@ -189,7 +189,8 @@ class TrainerSettings:
     """How long, how large, how fast."""
 
     max_steps: int = 1000
-    """Optimizer steps of the whole run. NeMo's data order depends on it."""
+    """Optimizer steps of the whole run. The order of rows does not depend on it: a longer run goes on where a shorter
+    one ended, but its learning rate decays over all of its steps."""
     num_nodes: int = 1
     """Machines."""
     gpus_per_node: int = 1
@@ -231,8 +232,8 @@ class TrainerSettings:
     log_every: int = 1
     """Steps between lines of the log."""
     seed: int = 1234
-    """Seed of data order. There is no dropout: NeMo's checkpoints hold no random state, so a resumed run
-    would differ from an undisturbed one."""
+    """Seed of the order of rows and of what is packed together, 0 to 2**32 - 1. There is no dropout: NeMo's checkpoints
+    hold no random state, so a resumed run would differ from an undisturbed one."""
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "num_nodes", "gpus_per_node", "micro_batch_size", "global_batch_size"):
@@ -240,6 +241,8 @@ class TrainerSettings:
         _at_least("trainer.seq_length", self.seq_length, 2)
         for key in ("warmup_steps", "val_every", "seed"):
             _at_least(f"trainer.{key}", getattr(self, key), 0)
+        if self.seed >= 2**32:
+            raise ValueError(f"trainer.seed={self.seed} must be below 2**32 = {2**32}")
         for key in ("val_batches", "save_every", "log_every"):
             _at_least(f"trainer.{key}", getattr(self, key), 1)
         if self.keep_checkpoints != -1:

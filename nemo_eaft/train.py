@@ -16,6 +16,7 @@ from typing import Any
 from nemo_eaft.checkpoints import FOLDER
 from nemo_eaft.convert import MANIFEST
 from nemo_eaft.data import build_module
+from nemo_eaft.saved import SAVED
 from nemo_eaft.settings import Settings
 
 
@@ -266,6 +267,7 @@ def build_logger(settings: Settings, run_dir: Path) -> Any:
     name = run.name or run_dir.name
     checkpoints = ModelCheckpoint(
         dirpath=str(run_dir / FOLDER),
+        record=run_dir / SAVED,
         filename="{step}",
         monitor="step",
         mode="max",

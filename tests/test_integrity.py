@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_eaft import integrity
 from nemo_eaft.integrity import SUMS, Sum, faults, files, sums, write_sums
 
 
@@ -117,7 +118,9 @@ def test_all_damaged_files_are_named_and_only_those_asked_for(folder: Path) -> N
     assert len(faults(folder)) == 2
 
 
-def test_sums_of_other_ranks_are_taken_over(folder: Path) -> None:
+def test_sums_of_other_ranks_are_taken_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrity, "_PATIENCE", 0.0)
+    monkeypatch.setattr(integrity, "_AGAIN", 0.0)
     name = "weights/__0_0.distcp"
     before = (folder / SUMS).read_text()
     write_sums(folder, sums(folder, [name]))
@@ -126,6 +129,31 @@ def test_sums_of_other_ranks_are_taken_over(folder: Path) -> None:
     assert f"{'0' * 64}  {name}\n" in (folder / SUMS).read_text()
     with pytest.raises(ValueError, match=r"weights/__9_0\.distcp was hashed by another rank but is not seen here"):
         write_sums(folder, {"weights/__9_0.distcp": Sum("0" * 64, 1)})
+
+
+def test_a_listing_that_lags_behind_loses_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system, where another machine has just written a part."""
+    name = "weights/__0_0.distcp"
+    before = (folder / SUMS).read_text()
+    known = sums(folder, [name])
+    monkeypatch.setattr(integrity, "files", lambda folder: [there for there in files(folder) if there != name])
+    write_sums(folder, known)
+    assert (folder / SUMS).read_text() == before
+
+    # Not even the file itself is seen at first.
+    aside = (folder / name).rename(folder.parent / "aside")
+    waits: list[float] = []
+
+    def arrive(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            aside.rename(folder / name)
+
+    monkeypatch.setattr("nemo_eaft.integrity.time.sleep", arrive)
+    write_sums(folder, known)
+    assert len(waits) == 3
+    assert (folder / SUMS).read_text() == before
+    assert faults(folder) == []
 
 
 def test_a_failed_write_leaves_no_sums(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from nemo_eaft import launch
 from nemo_eaft.compose import from_mapping
-from nemo_eaft.launch import ERROR, check_world, is_users, job_identity, launched, run_local, write_error
+from nemo_eaft.launch import ERROR, PROCESS, check_world, is_users, job_identity, launched, run_local, write_error
 from nemo_eaft.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -189,14 +189,15 @@ def test_an_error_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
 
 # A rank that stands in for training: each word of its arguments is what the rank of that number does.
 RANK = """
-    import sys, time
+    import os, sys, time
     from pathlib import Path
-    from nemo_eaft.launch import launched, check_world, write_error
+    from nemo_eaft.launch import LAUNCHER, launched, check_world, write_error
     from nemo_eaft.compose import from_mapping
 
     rank, ranks = launched()
     run_dir, *words = sys.argv[1:]
     Path(run_dir).mkdir(exist_ok=True)
+    (Path(run_dir) / f"launcher{rank}").write_text(os.environ[LAUNCHER])
     (Path(run_dir) / f"rank{rank}").write_text(str(ranks))
     while not all((Path(run_dir) / f"rank{n}").exists() for n in range(ranks)):
         time.sleep(0.05)
@@ -213,10 +214,9 @@ RANK = """
         elif word == "sleep":
             time.sleep(600)
         elif word == "vanish":
-            import os
             os._exit(7)
         elif word == "killed":
-            import os, signal
+            import signal
             (Path(run_dir) / "going").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         elif word == "notice":
@@ -256,6 +256,8 @@ def test_the_launcher_names_the_first_cause(
     (run_dir / ERROR).write_text('{"kind": "input", "rank": 9, "message": "of an older run"}')
     assert run_local(settings(tmp_path), [str(run_dir), *words.split()], module=fake_rank) == code
     assert (run_dir / "rank0").read_text() == (run_dir / "rank1").read_text() == "2"
+    # By which they know what their own launcher has made ready.
+    assert (run_dir / "launcher0").read_text() == (run_dir / "launcher1").read_text() == PROCESS
     out = capfd.readouterr()
     assert told in out.err.strip().splitlines()[-1]
     assert "of an older run" not in out.err

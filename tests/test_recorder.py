@@ -122,14 +122,25 @@ def test_resume_drops_later_steps_and_goes_on(tmp_path: Path) -> None:
         (6, False),
     ]
     assert [row["loss"] for row in rows if "loss" in row] == [0.1, 0.1, 0.1, 0.7, 0.7, 0.7]
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.1.jsonl", "metrics.jsonl"]
+    assert [(row["step"], "val_loss" in row) for row in read(tmp_path / "metrics.1.jsonl")] == [
+        (4, False),
+        (5, False),
+        (6, False),
+        (6, True),
+    ]
 
 
-def test_a_new_run_starts_at_step_one_again(tmp_path: Path) -> None:
+def test_a_new_run_starts_at_step_one_again_and_keeps_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     record(path, range(1, 5))
+    first = path.read_bytes()
     record(path, range(1, 3), loss=0.9)
+    second = path.read_bytes()
     assert [row["loss"] for row in read(path)] == [0.9, 0.9]
+    record(path, range(1, 2), loss=0.8)
+    assert (tmp_path / "metrics.1.jsonl").read_bytes() == first
+    assert (tmp_path / "metrics.2.jsonl").read_bytes() == second
 
 
 @pytest.mark.parametrize("cut", [1, 2, 7, 60])

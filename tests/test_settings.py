@@ -96,6 +96,7 @@ def test_loss_settings_and_config_agree() -> None:
         ),
         ("parallel", {"sequence": True}, "parallel.sequence=true needs parallel.tensor of 2 or more"),
         ("trainer", {"max_steps": 0}, "trainer.max_steps=0 must be 1 or more"),
+        ("trainer", {"seed": 2**32}, "trainer.seed=4294967296 must be below 2**32"),
         ("trainer", {"learning_rate": math.inf}, "trainer.learning_rate=inf"),
         ("trainer", {"min_learning_rate": 1.0}, "trainer.min_learning_rate=1.0 is above"),
         (

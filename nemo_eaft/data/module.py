@@ -12,6 +12,7 @@ from nemo.collections.llm.gpt.data.fine_tuning import FineTuningDataModule
 from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from torch.utils.data import Dataset
 
+from nemo_eaft.data.order import RowOrder
 from nemo_eaft.data.packing import PACKED_NAMES, metadata_path
 from nemo_eaft.data.prepare import read_prepared
 from nemo_eaft.settings import Settings
@@ -58,7 +59,7 @@ class NumberedPacks(Dataset[dict[str, Any]]):
 
 
 class PreparedDataModule(FineTuningDataModule):
-    """NeMo's fine-tuning data module, reading token rows or packs that lie ready.
+    """NeMo's fine-tuning data module, reading rows or packs that lie ready, in an order that a longer run continues.
 
     NeMo does not record data modules in a checkpoint, so loading one needs no ``nemo_eaft``.
     """
@@ -72,18 +73,24 @@ class PreparedDataModule(FineTuningDataModule):
         if Path(path).suffix == ".npy":
             # NeMo keeps one metadata file for both packs and appends to it; here each pack has its own.
             return NumberedPacks(super()._create_dataset(path, metadata_path(Path(path)), is_test, **kwargs))
-        return TokenRows(
-            file_path=str(path),
-            tokenizer=self.tokenizer,
-            max_seq_length=self.seq_length,
-            memmap_workers=self.memmap_workers,
-            seed=self.seed,
-            is_test=is_test,
-            **kwargs,
-        )
+        if "prompt_template" in kwargs:
+            rows = super()._create_dataset(path, None, is_test, **kwargs)
+        else:
+            rows = TokenRows(
+                file_path=str(path),
+                tokenizer=self.tokenizer,
+                max_seq_length=self.seq_length,
+                memmap_workers=self.memmap_workers,
+                seed=self.seed,
+                is_test=is_test,
+                **kwargs,
+            )
+        if rows.samples_mapping is not None:
+            rows.samples_mapping = RowOrder(len(rows.indexed_dataset), rows.max_num_samples, self.seed)
+        return rows
 
 
-def build_module(settings: Settings, root: Path, tokenizer: Any) -> FineTuningDataModule:
+def build_module(settings: Settings, root: Path, tokenizer: Any) -> PreparedDataModule:
     """Build the data module, on every rank alike.
 
     Args:
@@ -119,8 +126,7 @@ def build_module(settings: Settings, root: Path, tokenizer: Any) -> FineTuningDa
         )
         kwargs.pop("get_attention_mask_from_fusion", None)  # packs carry row boundaries instead of a mask
         return PreparedDataModule(**common, packed_sequence_specs=specs, dataset_kwargs=kwargs)
-    if prepared.kind == "chat":
-        return PreparedDataModule(**common, dataset_kwargs=kwargs)
-    # NeMo un-escapes the template, which would garble anything but ASCII.
-    kwargs["prompt_template"] = settings.data.prompt_template.encode("unicode_escape").decode("ascii")
-    return FineTuningDataModule(**common, dataset_kwargs=kwargs)
+    if prepared.kind == "pair":
+        # NeMo un-escapes the template, which would garble anything but ASCII.
+        kwargs["prompt_template"] = settings.data.prompt_template.encode("unicode_escape").decode("ascii")
+    return PreparedDataModule(**common, dataset_kwargs=kwargs)

@@ -145,6 +145,17 @@ def source_changes(settings: Settings, tokenizer: Any) -> list[str]:
     return lines
 
 
+def order_of(root: Path) -> Any:
+    """What the order of the prepared rows depends on beside ``trainer.seed``, to be compared: how many there are, and
+    of packs all that they were made of. None: nothing is prepared."""
+    written = _written(root)
+    if written is None:
+        return None
+    identity, prepared = written
+    made_of = {key: value for key, value in identity.items() if key != "validation"} if prepared.packed else {}
+    return prepared.packed, prepared.train_samples, made_of
+
+
 def _describe(source: dict[str, Any] | None) -> str:
     return "none" if source is None else " ".join(f"{key} {value}" for key, value in source.items())
 
