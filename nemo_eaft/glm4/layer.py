@@ -54,7 +54,7 @@ class SandwichNormLayer(TransformerLayer):
         }
         self.post_self_attn_layernorm = build_module(submodules.post_self_attn_layernorm, **norm)
         self.post_mlp_layernorm = build_module(submodules.post_mlp_layernorm, **norm)
-        # Methods, not closures: a copy of the layer has to use its own norms.
+        # Looked up when called: a norm may be replaced later.
         self._add_attention, self.self_attn_bda = self.self_attn_bda, self._add_normed_attention
         self._add_mlp, self.mlp_bda = self.mlp_bda, self._add_normed_mlp
 

@@ -97,6 +97,7 @@ def test_what_cannot_be_said_in_nemo_is_refused(
 
 
 def test_parameters_are_counted_as_by_hugging_face() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM, Glm4Config
 
     sizes = {
@@ -112,9 +113,10 @@ def test_parameters_are_counted_as_by_hugging_face() -> None:
     (counts,) = run_ranks(glm4_jobs.parameter_counts, 1)
     expected = {}
     for name, size in sizes.items():
-        with torch.device("meta"):
+        # Not the meta device: torch.empty, which the tests poison, would not be seen by it.
+        with FakeTensorMode():
             model = AutoModelForCausalLM.from_config(Glm4Config(**size))
-        expected[name] = sum(parameter.numel() for parameter in model.parameters())
+            expected[name] = sum(parameter.numel() for parameter in model.parameters())
     assert counts == expected == {"GLM4Config9B": 9_400_279_040, "GLM4Config32B": 32_566_081_536}
 
 
@@ -122,9 +124,3 @@ def test_the_layer_of_transformer_engine() -> None:
     (spec,) = run_ranks(glm4_jobs.transformer_engine_spec, 1)
     assert spec.module == "SandwichNormLayer"
     assert spec.modules == dict.fromkeys(spec.modules, True)
-
-
-def test_a_copy_of_a_layer_has_its_own_norms() -> None:
-    ((own, others),) = run_ranks(glm4_jobs.copied_layer, 1)
-    assert others == 0.0
-    assert own > 0.1
