@@ -1,4 +1,4 @@
-"""Hugging Face weights to a NeMo checkpoint and back, by NeMo's own connectors.
+"""Hugging Face weights to a NeMo checkpoint and back, by NeMo's own connectors; GLM-4-0414's are in `glm4/`.
 
 NeMo 2.7.3 converts the weights; what it gets wrong is corrected here, because it loses what the user had:
 
@@ -55,7 +55,7 @@ def nemo_model_class(model_type: str) -> type:
     """NeMo's model class for a Hugging Face `model_type`.
 
     Raises:
-        ValueError: nobody can convert this family in both directions.
+        ValueError: this family cannot be converted in both directions.
     """
     if model_type not in FAMILIES:
         raise ValueError(
@@ -201,7 +201,7 @@ def convert_to_nemo(source: Path, output: Path, tokenizer: str | None = None, tr
     The weights keep their dtype. `output` also gets a folder `hf/` with configuration and tokenizer.
 
     Raises:
-        ValueError: no such model, no tokenizer, a family NeMo cannot convert, or a tokenizer with more tokens than the
+        ValueError: no such model, no tokenizer, a family that cannot be converted, or a tokenizer with more tokens than the
             model has rows.
     """
     from transformers import AutoConfig, AutoTokenizer

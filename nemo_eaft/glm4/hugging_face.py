@@ -60,7 +60,7 @@ def check_hf_config(source: Any) -> None:
 
 
 @io.model_importer(GLM4Model, "hf")
-class HFGLM4Importer(io.ModelConnector["Glm4ForCausalLM", GLM4Model]):  # type: ignore[name-defined, misc]
+class HFGLM4Importer(io.ModelConnector["Glm4ForCausalLM", GLM4Model]):  # type: ignore[name-defined]
     """`llm.import_ckpt(GLM4Model(...), "hf:///folder")`. Weights keep their dtype."""
 
     def init(self) -> GLM4Model:
@@ -149,7 +149,7 @@ class HFGLM4Importer(io.ModelConnector["Glm4ForCausalLM", GLM4Model]):  # type: 
 
 
 @io.model_exporter(GLM4Model, "hf")
-class HFGLM4Exporter(io.ModelConnector[GLM4Model, "Glm4ForCausalLM"]):  # type: ignore[name-defined, misc]
+class HFGLM4Exporter(io.ModelConnector[GLM4Model, "Glm4ForCausalLM"]):  # type: ignore[name-defined]
     """`llm.export_ckpt(checkpoint, "hf", folder)`."""
 
     def init(self, dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -43,6 +43,9 @@ class SandwichNormLayer(TransformerLayer):
     Args: those of `TransformerLayer`, which may differ from version to version.
     """
 
+    self_attn_bda: Any
+    mlp_bda: Any
+
     def __init__(
         self, config: TransformerConfig, submodules: SandwichNormLayerSubmodules, *args: Any, **kwargs: Any
     ) -> None:

@@ -21,7 +21,7 @@ def _rotate_halves() -> None:
         self.rotary_interleaved = False
         post_init(self)
 
-    GLM4Config.__post_init__ = wrapped  # type: ignore[method-assign]
+    GLM4Config.__post_init__ = wrapped
 
 
 def _skip_norm(method: str, add: str) -> None:
@@ -39,7 +39,7 @@ def _rotate_whole_heads() -> None:
         self.rotary_percent = 1.0
         post_init(self)
 
-    GLM4Config.__post_init__ = wrapped  # type: ignore[method-assign]
+    GLM4Config.__post_init__ = wrapped
 
 
 WRONG = {
@@ -85,7 +85,7 @@ def parameter_counts() -> dict[str, int]:
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     # Megatron names a device for every weight.
-    torch.cuda.current_device = lambda: torch.device("meta")
+    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment, return-value]
     counts = {}
     for kind in (GLM4Config9B, GLM4Config32B):
         model = kind(init_model_with_meta_device=True).configure_model(None, pre_process=True, post_process=True)
