@@ -1,4 +1,4 @@
-"""Hugging Face weights to a NeMo checkpoint and back, by NeMo's own connectors.
+"""Hugging Face weights to a NeMo checkpoint and back, by NeMo's own connectors; GLM-4-0414's are in `glm4/`.
 
 NeMo 2.7.3 converts the weights; what it gets wrong is corrected here, because it loses what the user had:
 
@@ -15,6 +15,7 @@ run in the same process would inherit.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -27,13 +28,14 @@ from typing import Any
 from nemo_eaft.atomic import complete_folder
 from nemo_eaft.integrity import write_sums
 
-# Hugging Face `model_type` -> NeMo model of nemo.collections.llm 2.7.3.
+# Hugging Face `model_type` -> NeMo model: of NeMo 2.7.3, or ours where it has none.
 FAMILIES = {
-    "llama": "LlamaModel",
-    "mistral": "MistralModel",
-    "qwen2": "Qwen2Model",
-    "qwen3": "Qwen3Model",
-    "qwen3_moe": "Qwen3Model",
+    "glm4": ("nemo_eaft.glm4", "GLM4Model"),
+    "llama": ("nemo.collections.llm", "LlamaModel"),
+    "mistral": ("nemo.collections.llm", "MistralModel"),
+    "qwen2": ("nemo.collections.llm", "Qwen2Model"),
+    "qwen3": ("nemo.collections.llm", "Qwen3Model"),
+    "qwen3_moe": ("nemo.collections.llm", "Qwen3Model"),
 }
 
 HF_FILES = "hf"
@@ -53,15 +55,14 @@ def nemo_model_class(model_type: str) -> type:
     """NeMo's model class for a Hugging Face `model_type`.
 
     Raises:
-        ValueError: NeMo 2.7.3 cannot convert this family in both directions.
+        ValueError: this family cannot be converted in both directions.
     """
     if model_type not in FAMILIES:
         raise ValueError(
             f"model.hf: model_type {model_type!r} is not supported; allowed: {', '.join(sorted(FAMILIES))}"
         )
-    from nemo.collections import llm
-
-    model_class: type = getattr(llm, FAMILIES[model_type])
+    module, name = FAMILIES[model_type]
+    model_class: type = getattr(importlib.import_module(module), name)
     return model_class
 
 
@@ -204,7 +205,7 @@ def convert_to_nemo(source: Path, output: Path, tokenizer: str | None = None, tr
     The weights keep their dtype. `output` also gets a folder `hf/` with configuration and tokenizer.
 
     Raises:
-        ValueError: no such model, no tokenizer, a family NeMo cannot convert, or a tokenizer with more tokens than the
+        ValueError: no such model, no tokenizer, a family that cannot be converted, or a tokenizer with more tokens than the
             model has rows.
     """
     from transformers import AutoConfig, AutoTokenizer

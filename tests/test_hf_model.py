@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import Glm4Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from nemo_eaft.compose import from_mapping
 from nemo_eaft.hf_model import check_model, home, imported_folder
@@ -113,6 +113,14 @@ def test_the_rule_for_heads_is_megatrons() -> None:
         return True
 
     assert [megatron(n) for n in (1, 2, 4, 8)] == [ours(n) for n in (1, 2, 4, 8)] == [True, True, False, False]
+
+
+def test_glm4_has_two_key_value_heads() -> None:
+    check_model(settings(4, parallel={"tensor": 2, "pipeline": 2}), Glm4Config(), Sized(9))
+    with pytest.raises(
+        ValueError, match=r"parallel\.tensor=4 must divide the 32 attention heads and 2 key-value heads"
+    ):
+        check_model(settings(4, parallel={"tensor": 4}), Glm4Config(), Sized(9))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model() -> None:

@@ -24,7 +24,7 @@ VOCAB_SIZE = 252
 """Rows of the models: not the tokenizer's size, divisible by 2, 3 and 4, not by 128."""
 SEQ_LENGTH = 48
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "glm4")
 WINDOW = 7
 """Tokens that a token of the `mistral` family sees, itself among them."""
 
@@ -44,15 +44,23 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_model(
-    family: str, folder: Path, *, heads: int = 4, vocab_size: int = VOCAB_SIZE, tied: bool | None = None
+    family: str,
+    folder: Path,
+    *,
+    heads: int = 4,
+    vocab_size: int = VOCAB_SIZE,
+    tied: bool | None = None,
+    bias: bool = True,
 ) -> None:
     """A random float32 model of `family` with its tokenizer, as `save_pretrained` writes them.
 
     Its weights are large enough for sharp predictions: some tokens are confident conflicts, others near uniform.
     `tied`: whether the output layer is the embedding; None: as the smaller models of the family, but Llama's.
+    `bias`: of GLM-4's query, key and value; only the 9B has them.
     """
     from transformers import (
         AutoModelForCausalLM,
+        Glm4Config,
         LlamaConfig,
         MistralConfig,
         Qwen2Config,
@@ -68,7 +76,7 @@ def save_model(
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "max_position_embeddings": 128,
-        "tie_word_embeddings": family not in ("llama", "qwen3_moe", "mistral") if tied is None else tied,
+        "tie_word_embeddings": family in ("qwen2", "qwen3") if tied is None else tied,
         "bos_token_id": TOKENS - 2,
         "eos_token_id": TOKENS - 1,
         "initializer_range": 0.1,
@@ -89,6 +97,15 @@ def save_model(
             moe_intermediate_size=16 * heads,
             norm_topk_prob=True,
             router_aux_loss_coef=0.0,
+        ),
+        # A head is not hidden_size / heads wide, and half of it is rotated.
+        "glm4": lambda: Glm4Config(
+            **common | {"num_key_value_heads": 2},
+            rms_norm_eps=1e-5,
+            head_dim=24,
+            partial_rotary_factor=0.5,
+            attention_bias=bias,
+            pad_token_id=TOKENS - 3,
         ),
     }
     generator_state = torch.get_rng_state()

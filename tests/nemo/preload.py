@@ -26,6 +26,7 @@ from nemo.collections import llm as _llm  # noqa: F401
 
 import nemo_eaft.convert
 import nemo_eaft.data.module
+import nemo_eaft.glm4
 import nemo_eaft.nemo
 import nemo_eaft.train
 
