@@ -165,7 +165,7 @@ def _no_output_layer(tied: bool) -> Iterator[None]:
         io.apply_transforms = apply_transforms
 
 
-def _importer(source: Path, hf_files: Path, trust_remote_code: bool) -> Any:
+def build_importer(source: Path, hf_files: Path, trust_remote_code: bool) -> Any:
     """NeMo's importer of the family of `source`, with the tokenizer taken from `hf_files`."""
     from transformers import AutoConfig
 
@@ -216,7 +216,7 @@ def convert_to_nemo(source: Path, output: Path, tokenizer: str | None = None, tr
                 f"a label above them has no logit"
             )
         # NeMo copies the tokenizer's folder into context/ under its own name, so no path of this temporary one stays.
-        _importer(source, hf_files, trust_remote_code).apply(folder)
+        build_importer(source, hf_files, trust_remote_code).apply(folder)
         manifest = {"source": str(source), "vocab_size": vocab_size, "tokens": tokens}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         write_sums(folder)
