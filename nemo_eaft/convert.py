@@ -264,6 +264,11 @@ def convert_to_hf(checkpoint: Path, output: Path, hf_files: Path) -> Path:
     return output
 
 
+def environment_outside_a_job() -> dict[str, str]:
+    """The environment for a process of its own, whatever job it is started from."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_JOB_VARIABLES)}
+
+
 def run_in_own_process(arguments: list[str], backend: str | None = None) -> None:
     """Run `python -m nemo_eaft.convert` with `arguments` and wait.
 
@@ -279,9 +284,7 @@ def run_in_own_process(arguments: list[str], backend: str | None = None) -> None
 
         backend = "cuda" if torch.cuda.is_available() else "cpu"
     command = [sys.executable, "-m", "nemo_eaft.convert", "--backend", backend, *arguments]
-    # A conversion is one process, whatever job it is called from.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_JOB_VARIABLES)}
-    done = subprocess.run(command, env=inherited, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=environment_outside_a_job(), stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 2:
         raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("nemo_eaft.convert: "))
     if done.returncode:

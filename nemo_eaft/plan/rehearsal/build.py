@@ -41,7 +41,7 @@ def rank_number(place: Place, layout: Layout) -> int:
 def build_whole(settings: Settings, hf_files: Path) -> Whole:
     """The model uncut, to compare with. settings: those of one rank."""
     strategy = _strategy(settings)
-    with _world(1, 0, strategy), on_meta_device():
+    with _world(1, 0, strategy):
         return whole_model(settings, hf_files)
 
 
