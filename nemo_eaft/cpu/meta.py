@@ -51,8 +51,8 @@ def patches() -> list[Patch]:
             owner=torch,
             name=name,
             value=_factory(getattr(torch, name)),
-            reason="`with torch.device(...)` knows a factory by its identity (torch 2.13, utils/_device.py), and the CPU "
-            "backend has put a function of its own in its place",
+            reason="`with torch.device(...)` knows a factory by its identity (torch 2.13, utils/_device.py), and the "
+            "CPU backend has put a function of its own in its place",
         )
         for name in _FACTORIES
     ]

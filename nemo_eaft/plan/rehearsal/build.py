@@ -175,7 +175,7 @@ def _chunk(chunk: Any) -> Chunk:
     if core.pre_process:
         words = core.embedding.word_embeddings
         rows = (words.vocab_start_index, words.vocab_end_index)
-    if loss is not None:
+    if loss is not None and core.post_process:
         weight = core.shared_embedding_or_output_weight()
         width = (core.output_layer.weight if weight is None else weight).shape[0]
         shard = Shard.of_rank(_place().tensor, width, loss.vocab_size)

@@ -147,7 +147,7 @@ def _loss(ranks: tuple[Rank, ...], layout: Layout) -> Iterator[str]:
             if chunk.post_process != owner:
                 yield f"{where}: post_process is {chunk.post_process}; expected {owner}"
             if chunk.attached != owner:
-                yield f"{where}: {'has an' if chunk.attached else 'has no'} EAFT loss; expected {'one' if owner else 'none'}"
+                yield f"{where} has {'an' if chunk.attached else 'no'} EAFT loss; expected {'one' if owner else 'none'}"
 
 
 def _vocabulary(built: Built, layout: Layout) -> Iterator[str]:
