@@ -98,6 +98,12 @@ def check_layout(settings: Settings, hf_config: Any) -> None:
             f"parallel.tensor={parallel.tensor} must divide the {vocab_size} rows of the vocabulary of "
             f"{settings.model.hf} (vocab_size): a converted model is not padded"
         )
+    width = getattr(hf_config, "moe_intermediate_size", None) or getattr(hf_config, "intermediate_size", 0)
+    if width % parallel.tensor:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} must divide the width {width} of the feed-forward layers of "
+            f"{settings.model.hf} (intermediate_size)"
+        )
     layers = hf_config.num_hidden_layers
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if layers % chunks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from nemo_eaft.loss.records import record_width
 from nemo_eaft.plan.batch import MicroBatch
 from nemo_eaft.plan.layout import Layout
 from nemo_eaft.plan.loss_memory import LossPath
@@ -10,6 +9,11 @@ from nemo_eaft.plan.shape import ModelShape
 from nemo_eaft.settings import Settings
 
 _FLOAT32 = 4
+
+
+def record_width(top_k: int | None) -> int:
+    """Numbers per token in a record: that of :mod:`nemo_eaft.loss.records`, which needs torch."""
+    return 3 + (1 if top_k is None else top_k)
 
 
 def loss_collectives(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
+import itertools
 from collections.abc import Iterator
 
 from nemo_eaft.hf_model import check_layout
-from nemo_eaft.plan.batch import Attention
+from nemo_eaft.plan.batch import Attention, MicroBatch
 from nemo_eaft.plan.hardware import Hardware
+from nemo_eaft.plan.layout import Layout
 from nemo_eaft.plan.plan import RECOMPUTES, Plan, changed
 from nemo_eaft.plan.shape import ModelShape
 from nemo_eaft.settings import Settings
@@ -15,33 +16,37 @@ from nemo_eaft.settings import Settings
 _ORDER = ("fits", "tight", "does not fit")
 
 
-def search(settings: Settings, shape: ModelShape, hardware: Hardware, attention: Attention | None = None) -> list[Plan]:
-    """Plans of every layout of the run's ranks, best first: those that fit, then tight ones, then the others; among
-    them by expected step time, and where that is within two in a hundred, by memory.
+def search(
+    settings: Settings,
+    shape: ModelShape,
+    hardware: Hardware,
+    attention: Attention | None = None,
+    machines: tuple[int, int] | None = None,
+) -> list[Plan]:
+    """Plans of every layout, best first: those that fit, then tight ones, then the others; among them by expected step
+    time, in hundredths of a second, then by memory.
 
     Tensor parallelism by powers of two inside one machine, with sequence parallelism above 1; pipelines that divide the
-    layers; experts by powers of two; every ``trainer.recompute``; the micro-batch, context parallelism and everything
-    else as in ``settings``.
+    layers, not interleaved; experts by powers of two; ``trainer.recompute`` none and full, and selective where
+    attention keeps scores. All else is as in ``settings``.
+
+    machines: number of machines and GPUs in each; None: the run's.
     """
-    plans = [Plan(one, shape, hardware, attention) for one in _legal(settings, shape)]
-    return sorted(plans, key=_rank)
+    nodes, per_node = machines or (settings.trainer.num_nodes, settings.trainer.gpus_per_node)
+    attention = attention or MicroBatch.of(settings, Layout.of(settings)).attention
+    recomputes = [name for name in RECOMPUTES if name != "selective" or attention == "unfused"]
+    runs = _legal(settings, shape, nodes, per_node, recomputes)
+    return sorted((Plan(run, shape, hardware, attention) for run in runs), key=_rank)
 
 
 def nearest(plan: Plan, count: int = 3) -> list[Plan]:
-    """Layouts of the same ranks that fit and change least, then cost least; where none fits, those of the smallest
-    number of machines that has one, up to 8 times as many."""
-    settings = plan.settings
+    """Layouts of the same ranks that fit, those that change least first and the faster of equals; where none fits,
+    those of twice, four or eight times as many machines."""
+    trainer = plan.settings.trainer
     for factor in (1, 2, 4, 8):
-        try:
-            more = changed(settings, trainer={"num_nodes": settings.trainer.num_nodes * factor})
-        except ValueError:
-            # Layouts of its own are tried below; only the batch must be a multiple of what more copies take.
-            more = None
-        found = [
-            other
-            for other in search(more or settings, plan.shape, plan.hardware, plan.attention)
-            if other.verdict == "fits" and (factor == 1 or more is not None)
-        ]
+        machines = (trainer.num_nodes * factor, trainer.gpus_per_node)
+        plans = search(plan.settings, plan.shape, plan.hardware, plan.attention, machines)
+        found = [other for other in plans if other.verdict == "fits"]
         if found:
             return sorted(found, key=lambda other: (_distance(plan, other), other.time.total))[:count]
     return []
@@ -63,37 +68,26 @@ def _distance(one: Plan, other: Plan) -> int:
     return sum(a != b for a, b in pairs)
 
 
-def _legal(settings: Settings, shape: ModelShape) -> Iterator[Settings]:
+def _legal(
+    settings: Settings, shape: ModelShape, nodes: int, per_node: int, recomputes: list[str]
+) -> Iterator[Settings]:
     """Every run that train would accept."""
-    world, per_node = settings.world_size, settings.trainer.gpus_per_node
-    for tensor in _powers(per_node):
-        if shape.intermediate_size % tensor:
-            continue
-        for pipeline in range(1, shape.num_hidden_layers + 1):
-            if shape.num_hidden_layers % pipeline or world % (tensor * pipeline):
+    stages = [number for number in range(1, shape.num_hidden_layers + 1) if shape.num_hidden_layers % number == 0]
+    experts = _powers(shape.num_experts or 1)
+    for tensor, pipeline, expert in itertools.product(_powers(per_node), stages, experts):
+        parallel = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": None, "expert": expert}
+        for recompute in recomputes:
+            try:
+                run = changed(
+                    settings,
+                    parallel=parallel | {"sequence": tensor > 1},
+                    trainer={"num_nodes": nodes, "gpus_per_node": per_node, "recompute": recompute},
+                )
+                check_layout(run, shape)
+            except ValueError:
                 continue
-            for expert in _powers(shape.num_experts or 1):
-                for recompute in RECOMPUTES:
-                    parallel: dict[str, object] = {
-                        "tensor": tensor,
-                        "pipeline": pipeline,
-                        "virtual_pipeline": None,
-                        "expert": expert,
-                        "sequence": tensor > 1,
-                    }
-                    try:
-                        # What has no effect was said once, for the settings given.
-                        with warnings.catch_warnings():
-                            warnings.simplefilter("ignore", UserWarning)
-                            one = changed(settings, parallel=parallel, trainer={"recompute": recompute})
-                            check_layout(one, shape)
-                    except ValueError:
-                        continue
-                    yield one
+            yield run
 
 
-def _powers(most: int) -> Iterator[int]:
-    power = 1
-    while power <= most:
-        yield power
-        power *= 2
+def _powers(most: int) -> list[int]:
+    return [2**exponent for exponent in range(most.bit_length())]

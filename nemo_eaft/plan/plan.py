@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from nemo_eaft.logits_memory import choose_fused_linear, rank_memory
 from nemo_eaft.plan.activations import (
@@ -197,11 +198,14 @@ class Plan:
         return CONTEXT_BYTES + COMMUNICATOR_BYTES * sum(ranks > 1 for ranks in groups)
 
 
-def changed(settings: Settings, **groups: dict[str, object]) -> Settings:
+def changed(settings: Settings, **groups: dict[str, Any]) -> Settings:
     """The run with other values, checked anew.
 
     Raises:
         ValueError: they do not go together.
     """
     new = {name: replace(getattr(settings, name), **values) for name, values in groups.items()}
-    return replace(settings, **new)  # type: ignore[arg-type]
+    # What has no effect was said once, for the settings given.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return replace(settings, **new)
