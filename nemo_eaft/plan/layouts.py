@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
 
 from nemo_eaft.hf_model import check_layout
 from nemo_eaft.plan.batch import Attention, MicroBatch
@@ -11,8 +13,10 @@ from nemo_eaft.plan.hardware import Hardware
 from nemo_eaft.plan.layout import Layout
 from nemo_eaft.plan.plan import RECOMPUTES, Plan, changed
 from nemo_eaft.plan.shape import ModelShape
-from nemo_eaft.settings import Settings
+from nemo_eaft.settings import ParallelSettings, Settings
 
+# Whether settings can give the last stage another number of layers.
+_UNEVEN = "last_stage_layers" in {entry.name for entry in fields(ParallelSettings)}
 _ORDER = ("fits", "tight", "does not fit")
 
 
@@ -27,7 +31,7 @@ def search(
     time, in hundredths of a second, then by memory.
 
     Tensor parallelism by powers of two inside one machine, with sequence parallelism above 1; pipelines that divide the
-    layers, not interleaved; experts by powers of two; ``trainer.recompute`` none and full, and selective where
+    layers or leave fewer to the last stage, not interleaved; experts by powers of two; ``trainer.recompute`` none and full, and selective where
     attention keeps scores. All else is as in ``settings``.
 
     machines: number of machines and GPUs in each; None: the run's.
@@ -59,12 +63,11 @@ def _rank(plan: Plan) -> tuple[int, float, int]:
 
 def _distance(one: Plan, other: Plan) -> int:
     """How many settings differ."""
-    mine, others = one.settings, other.settings
     pairs = [
-        (getattr(mine.parallel, key), getattr(others.parallel, key))
+        (getattr(one.layout, key), getattr(other.layout, key))
         for key in ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
     ]
-    pairs.append((mine.trainer.recompute, others.trainer.recompute))
+    pairs.append((one.settings.trainer.recompute, other.settings.trainer.recompute))
     return sum(a != b for a, b in pairs)
 
 
@@ -72,10 +75,12 @@ def _legal(
     settings: Settings, shape: ModelShape, nodes: int, per_node: int, recomputes: list[str]
 ) -> Iterator[Settings]:
     """Every run that train would accept."""
-    stages = [number for number in range(1, shape.num_hidden_layers + 1) if shape.num_hidden_layers % number == 0]
     experts = _powers(shape.num_experts or 1)
-    for tensor, pipeline, expert in itertools.product(_powers(per_node), stages, experts):
-        parallel = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": None, "expert": expert}
+    stages = _stages(shape.num_hidden_layers)
+    for tensor, (pipeline, last), expert in itertools.product(_powers(per_node), stages, experts):
+        parallel: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": None, "expert": expert}
+        if _UNEVEN:
+            parallel["last_stage_layers"] = last
         for recompute in recomputes:
             try:
                 run = changed(
@@ -87,6 +92,20 @@ def _legal(
             except ValueError:
                 continue
             yield run
+
+
+def _stages(layers: int) -> list[tuple[int, int | None]]:
+    """Numbers of stages, and layers of the last one where it has fewer than the others: the divisors of ``layers``, and
+    powers of two that leave the last stage with at least half of the others' layers."""
+    found: list[tuple[int, int | None]] = [(number, None) for number in range(1, layers + 1) if layers % number == 0]
+    if not _UNEVEN:
+        return found
+    for number in _powers(layers)[1:]:
+        each = -(-layers // number)
+        last = layers - each * (number - 1)
+        if layers % number and 2 * last >= each:
+            found.append((number, last))
+    return found
 
 
 def _powers(most: int) -> list[int]:

@@ -165,7 +165,7 @@ class Plan:
     def kept_by_layers(self, stage: int, recompute: str) -> int:
         """Bytes that layers and the last norm keep for backward, of all micro-batches in flight."""
         layout = self.layout
-        per_chunk = self.shape.num_hidden_layers // (layout.pipeline * layout.virtual_pipeline)
+        per_chunk = layout.layers_of(stage, self.shape.num_hidden_layers) // layout.virtual_pipeline
         chunks = chunks_in_flight(layout, stage, self.settings.num_micro_batches)
         kept = chunks * per_chunk * self.layer.kept(recompute)
         if stage == layout.pipeline - 1:

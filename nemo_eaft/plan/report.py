@@ -41,7 +41,10 @@ def as_mapping(plan: Plan) -> dict[str, Any]:
         "stages": [
             {
                 "stage": stage,
-                "layers": [list(range_ends(chunk)) for chunk in layout.chunks(stage, plan.shape.num_hidden_layers)],
+                "layers": layout.layers_of(stage, plan.shape.num_hidden_layers),
+                "first_and_last_layer_of_chunks": [
+                    [chunk.start, chunk.stop - 1] for chunk in layout.chunks(stage, plan.shape.num_hidden_layers)
+                ],
                 "parameters": parameters.total,
                 "parameters_by_part": {part: parameters.of(part) for part in PARTS},
                 "memory_gb": _gb(plan.memory[stage].parts) | {"total": _one_gb(plan.memory[stage].total)},
@@ -75,6 +78,7 @@ def layout_of(plan: Plan) -> dict[str, Any]:
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
         "virtual_pipeline": plan.settings.parallel.virtual_pipeline,
+        "last_stage_layers": layout.last_stage_layers,
         "context": layout.context,
         "expert": layout.expert,
         "sequence": layout.sequence,
@@ -96,10 +100,12 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 def overrides(plan: Plan) -> list[str]:
     """Words for the command line that give this layout."""
-    parallel, trainer = plan.settings.parallel, plan.settings.trainer
+    parallel, trainer, layout = plan.settings.parallel, plan.settings.trainer, plan.layout
     words = [f"trainer.num_nodes={trainer.num_nodes}", f"trainer.gpus_per_node={trainer.gpus_per_node}"]
     words += [f"parallel.{key}={getattr(parallel, key)}" for key in ("tensor", "pipeline", "context", "expert")]
     words.append(f"parallel.virtual_pipeline={parallel.virtual_pipeline or 'null'}")
+    if layout.last_stage_layers is not None:
+        words.append(f"parallel.last_stage_layers={layout.last_stage_layers}")
     words.append(f"parallel.sequence={str(parallel.sequence).lower()}")
     return [*words, f"trainer.recompute={trainer.recompute}"]
 
@@ -123,11 +129,6 @@ def assumptions(plan: Plan) -> dict[str, Any]:
     }
 
 
-def range_ends(chunk: range) -> tuple[int, int]:
-    """First and last layer of a chunk."""
-    return chunk.start, chunk.stop - 1
-
-
 def show(plan: Plan, others: list[Plan], console: Console) -> None:
     """Print a plan, and under it other layouts where there are any."""
     from rich.markup import escape
@@ -139,8 +140,8 @@ def show(plan: Plan, others: list[Plan], console: Console) -> None:
     sequence = "on" if layout.sequence else "off"
     console.print(f"{layout.world_size} ranks = {_product(plan)}, sequence parallel {sequence}")
     console.print(
-        f"{trainer.global_batch_size} rows a step = micro-batch {trainer.micro_batch_size} x DP {layout.data_parallel} x "
-        f"{settings.num_micro_batches} micro-batches; {plan.tokens_per_step:,} tokens a step at "
+        f"{trainer.global_batch_size} rows a step = micro-batch {trainer.micro_batch_size} x DP {layout.data_parallel} "
+        f"x {settings.num_micro_batches} micro-batches; {plan.tokens_per_step:,} tokens a step at "
         f"{batch.context_length} a row"
     )
     table = Table(
@@ -151,10 +152,9 @@ def show(plan: Plan, others: list[Plan], console: Console) -> None:
         table.add_column(name, justify="left" if name in ("stage", "layers") else "right")
     for stages in _alike(plan):
         memory = plan.memory[stages[0]]
-        chunks = layout.chunks(stages[0], plan.shape.num_hidden_layers)
         table.add_row(
             _numbers(stages) + (" (fullest)" if plan.fullest in stages else ""),
-            str(sum(map(len, chunks))),
+            str(layout.layers_of(stages[0], plan.shape.num_hidden_layers)),
             f"{plan.stages[stages[0]].total:,}",
             *(f"{value / 1e9:.2f}" for value in memory.parts.values()),
             f"{memory.total / 1e9:.2f}",

@@ -70,7 +70,8 @@ def step_time(
     each, number = flops_per_token(shape, batch.context_length), settings.num_micro_batches
     again = {"none": 0, "selective": each["scores"], "full": each["layers"]}[settings.trainer.recompute]
     fused = each["output_layer"] if path == "eaft_fused_linear" and layout.tensor * layout.virtual_pipeline > 1 else 0
-    layers = (3 * each["layers"] + again) / (layout.pipeline * layout.tensor)
+    own_layers = max(layout.layers_of(stage, shape.num_hidden_layers) for stage in range(layout.pipeline))
+    layers = (3 * each["layers"] + again) / layout.tensor * own_layers / shape.num_hidden_layers
     output_layer = (3 * each["output_layer"] + fused) / layout.tensor
     # Every micro-batch waits for the slowest stage, which has the output layer.
     seconds = batch.tokens * (layers + output_layer) / (hardware.tflops * 1e12 * hardware.mfu)
@@ -80,7 +81,6 @@ def step_time(
     bubbles = (layout.pipeline - 1) / layout.virtual_pipeline
     per_layer = _tensor_parallel(shape, layout, settings, batch, hardware)
     per_layer_experts = _expert_parallel(shape, layout, batch, hardware)
-    own_layers = shape.num_hidden_layers / layout.pipeline
     communication = own_layers * (per_layer + per_layer_experts)
     return StepTime(
         compute=number * seconds,
