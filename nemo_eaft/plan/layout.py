@@ -19,6 +19,8 @@ class Layout:
     context: int = 1
     expert: int = 1
     sequence: bool = False
+    last_stage_layers: int | None = None
+    """Layers of the last stage, where they are not as many as the others'."""
 
     @classmethod
     def of(cls, settings: Settings) -> Layout:
@@ -32,6 +34,7 @@ class Layout:
             context=parallel.context,
             expert=parallel.expert,
             sequence=parallel.sequence,
+            last_stage_layers=getattr(parallel, "last_stage_layers", None),
         )
 
     @property
@@ -51,8 +54,15 @@ class Layout:
         return self.world_size // (self.tensor * self.pipeline * self.expert)
 
     def chunks(self, stage: int, layers: int) -> list[range]:
-        """Layers of each model chunk of a pipeline stage; chunk c of stage p is the (c x pipeline + p)-th run of
-        layers."""
+        """Layers of each model chunk of a pipeline stage, of ``layers`` in all; chunk c of stage p is the
+        (c x pipeline + p)-th run of layers."""
+        if self.last_stage_layers is not None:
+            each = (layers - self.last_stage_layers) // (self.pipeline - 1)
+            return [range(stage * each, layers if stage == self.pipeline - 1 else (stage + 1) * each)]
         per_chunk = layers // (self.pipeline * self.virtual_pipeline)
         firsts = [(chunk * self.pipeline + stage) * per_chunk for chunk in range(self.virtual_pipeline)]
         return [range(first, first + per_chunk) for first in firsts]
+
+    def layers_of(self, stage: int, layers: int) -> int:
+        """How many layers a stage has, of ``layers`` in all."""
+        return sum(map(len, self.chunks(stage, layers)))

@@ -124,6 +124,8 @@ def find_config(model_hf: str) -> dict[str, Any]:
     cached = _in_cache(model_hf)
     if cached is not None:
         return _read(cached)
+    if folder.is_absolute() or model_hf.startswith((".", "~")):
+        raise ValueError(f"model.hf: there is no folder {model_hf}")
     if model_hf not in shipped_models():
         raise ValueError(
             f"model.hf: {model_hf!r} is no local folder, is not in the local Hugging Face cache, and its sizes are not "
