@@ -13,6 +13,7 @@ from nemo_eaft.hf_model import check_layout
 from nemo_eaft.plan.hardware import Hardware
 from nemo_eaft.plan.layouts import nearest, search
 from nemo_eaft.plan.plan import Plan
+from nemo_eaft.plan.rehearsal import rehearse
 from nemo_eaft.plan.report import as_mapping, show, show_layouts, summary
 from nemo_eaft.plan.shape import find_shape
 from nemo_eaft.settings import Settings
@@ -21,7 +22,9 @@ _START = Path(__file__).with_name("search.yaml")
 _SHOWN = 10
 _EPILOG = (
     "Without --gpus the layout of CONF is planned. With --gpus all layouts of so many GPUs are tried and ranked: "
-    "nemo-eaft plan --gpus 16 --model Qwen/Qwen3-32B trainer.seq_length=4096. GB are 10^9 bytes."
+    "nemo-eaft plan --gpus 16 --model Qwen/Qwen3-32B trainer.seq_length=4096. GB are 10^9 bytes. With --rehearse NeMo "
+    "and Megatron-Core build every kind of rank without memory, and what they build is compared with the plan; exit "
+    "code 1 where it differs."
 )
 
 
@@ -31,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser, overrides: str) -> None:
     parser.add_argument("conf", metavar="CONF", nargs="?", help="a name of conf/ or a .yaml file")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=overrides)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="also build every kind of rank without memory, and compare it"
+    )
     parser.add_argument("--gpus", type=int, metavar="N", help="search the best layout of N GPUs, 8 in a machine")
     parser.add_argument("--model", metavar="NAME", help="Hugging Face name or folder, in place of model.hf")
     parser.add_argument("--attention", choices=("flash", "unfused"), help="default: flash on GPUs, unfused on the CPU")
@@ -44,14 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser, overrides: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plan, print, and return 0.
+    """Plan, print, and return 0; 1 where a rehearsal found something else than the plan says.
 
     Raises:
         ValueError: what train would refuse, or arguments that do not go together.
+        RuntimeError: a rehearsal could not be built.
     """
     conf, overrides = _words(arguments)
     hardware = _hardware(arguments)
     if arguments.gpus is not None:
+        if arguments.rehearse:
+            raise ValueError("--rehearse needs the layout of a CONF; allowed is --gpus or --rehearse")
         return _search(arguments, conf, overrides, hardware)
     if conf is None:
         raise ValueError("plan needs a CONF, or --gpus N with --model NAME")
@@ -60,11 +69,15 @@ def run(arguments: argparse.Namespace) -> int:
     check_layout(settings, shape)
     plan = Plan(settings, shape, hardware, arguments.attention)
     others = [] if plan.verdict == "fits" else nearest(plan)
+    rehearsal = rehearse(settings, plan.fused_linear) if arguments.rehearse else None
     if arguments.json:
-        _print_json(as_mapping(plan) | {"nearest_that_fit": [summary(other) for other in others]})
+        mapping = as_mapping(plan) | {"nearest_that_fit": [summary(other) for other in others]}
+        _print_json(mapping if rehearsal is None else mapping | {"rehearsal": rehearsal.as_mapping()})
     else:
         show(plan, others, _console())
-    return 0
+        if rehearsal is not None:
+            print("\n".join(rehearsal.lines()))
+    return 0 if rehearsal is None or rehearsal.passed else 1
 
 
 def _search(arguments: argparse.Namespace, conf: str | None, overrides: list[str], hardware: Hardware) -> int:

@@ -77,6 +77,7 @@ def settings_from(mapping: Mapping[str, Any]) -> Settings:
 def main(argv: list[str]) -> int:
     """Entry point. 0: RESULT was written; 2: the settings are refused, with the reason on the last line."""
     import nemo_eaft.cpu
+    from nemo_eaft.launch import is_users
 
     request, result = map(Path, argv)
     asked = json.loads(request.read_text())
@@ -84,6 +85,8 @@ def main(argv: list[str]) -> int:
     try:
         built = build(settings_from(asked["settings"]), asked["hf_config"], asked["fused_linear"])
     except ValueError as error:
+        if not is_users(error):
+            raise
         print(f"nemo_eaft.plan.rehearsal: {error}", file=sys.stderr)
         return 2
     result.write_text(json.dumps(built.as_mapping()))
