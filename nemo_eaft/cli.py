@@ -1,4 +1,4 @@
-"""``nemo-eaft import | train | export``.
+"""``nemo-eaft import | train | export | plan``.
 
 Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 75 a training was stopped on request and
 goes on with the same command, 1 anything else.
@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit code."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
+    if "overrides" in arguments and all("=" in word and not word.startswith("-") for word in rest):
+        # argparse takes no more of them once an option has come.
+        arguments.overrides, rest = [*arguments.overrides, *rest], []
     if rest:
         parser.error(_not_an_option(rest))
     command: Callable[[argparse.Namespace], int] = arguments.run
@@ -92,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
             )
         command.add_argument("conf", metavar="CONF", help="a name of conf/ (demo) or a .yaml file")
         command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=_OVERRIDES)
+    from nemo_eaft.plan.command import add_arguments
+
+    add_arguments(
+        add("plan", _plan, "what a run asks of its GPUs, or the best layout of so many; no GPU needed"), _OVERRIDES
+    )
     export = add("export", _export, "convert a checkpoint to a Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="a checkpoint, or a run.dir for its newest one")
     export.add_argument("output", type=Path, help="folder to write; must not exist or be empty")
@@ -192,6 +200,12 @@ def _train(arguments: argparse.Namespace) -> int:
         write_error(Path(settings.run.dir), rank, error)
         raise
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from nemo_eaft.plan.command import run
+
+    return run(arguments)
 
 
 def _say_where(run_dir: Path) -> None:

@@ -170,7 +170,7 @@ def _no_output_layer(tied: bool) -> Iterator[None]:
         io.apply_transforms = apply_transforms
 
 
-def _importer(source: Path, hf_files: Path, trust_remote_code: bool) -> Any:
+def build_importer(source: Path, hf_files: Path, trust_remote_code: bool) -> Any:
     """NeMo's importer of the family of `source`, with the tokenizer taken from `hf_files`."""
     from transformers import AutoConfig
 
@@ -221,7 +221,7 @@ def convert_to_nemo(source: Path, output: Path, tokenizer: str | None = None, tr
                 f"a label above them has no logit"
             )
         # NeMo copies the tokenizer's folder into context/ under its own name, so no path of this temporary one stays.
-        _importer(source, hf_files, trust_remote_code).apply(folder)
+        build_importer(source, hf_files, trust_remote_code).apply(folder)
         manifest = {"source": str(source), "vocab_size": vocab_size, "tokens": tokens}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         write_sums(folder)
@@ -269,6 +269,11 @@ def convert_to_hf(checkpoint: Path, output: Path, hf_files: Path) -> Path:
     return output
 
 
+def environment_outside_a_job() -> dict[str, str]:
+    """The environment for a process of its own, whatever job it is started from."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_JOB_VARIABLES)}
+
+
 def run_in_own_process(arguments: list[str], backend: str | None = None) -> None:
     """Run `python -m nemo_eaft.convert` with `arguments` and wait.
 
@@ -284,9 +289,7 @@ def run_in_own_process(arguments: list[str], backend: str | None = None) -> None
 
         backend = "cuda" if torch.cuda.is_available() else "cpu"
     command = [sys.executable, "-m", "nemo_eaft.convert", "--backend", backend, *arguments]
-    # A conversion is one process, whatever job it is called from.
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_JOB_VARIABLES)}
-    done = subprocess.run(command, env=inherited, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=environment_outside_a_job(), stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 2:
         raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("nemo_eaft.convert: "))
     if done.returncode:

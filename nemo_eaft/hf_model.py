@@ -54,6 +54,25 @@ def check_model(settings: Settings, hf_config: Any, tokenizer: Any) -> None:
         tokenizer: its Hugging Face tokenizer.
 
     Raises:
+        ValueError: as :func:`check_layout`; a tokenizer with more tokens than the model has rows.
+    """
+    check_layout(settings, hf_config)
+    if len(tokenizer) > hf_config.vocab_size:
+        raise ValueError(
+            f"model.tokenizer={settings.model.tokenizer or settings.model.hf} has {len(tokenizer)} tokens, "
+            f"the model {settings.model.hf} only {hf_config.vocab_size} rows (vocab_size): a label above "
+            f"them would have no logit"
+        )
+
+
+def check_layout(settings: Settings, hf_config: Any) -> None:
+    """Check the settings against the sizes of the model.
+
+    Args:
+        settings: the run.
+        hf_config: the model's ``transformers`` configuration, or its sizes under the same names.
+
+    Raises:
         ValueError: naming the key, its value and what is allowed. The rules for heads and layers are those of
             megatron-core 0.15.3 (``transformer_config.py``), which refuses fewer key-value heads than ranks.
     """
@@ -72,6 +91,12 @@ def check_model(settings: Settings, hf_config: Any, tokenizer: Any) -> None:
         raise ValueError(
             f"parallel.tensor={parallel.tensor} must divide the {heads} attention heads and {kv_heads} "
             f"key-value heads of {settings.model.hf}: allowed are {', '.join(map(str, allowed))}"
+        )
+    width = getattr(hf_config, "moe_intermediate_size", None) or getattr(hf_config, "intermediate_size", 0)
+    if width % parallel.tensor:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} must divide the width {width} of the feed-forward layers of "
+            f"{settings.model.hf} (intermediate_size)"
         )
     vocab_size = hf_config.vocab_size
     if vocab_size % parallel.tensor:
@@ -93,12 +118,6 @@ def check_model(settings: Settings, hf_config: Any, tokenizer: Any) -> None:
     if parallel.expert > 1 and (experts is None or experts % parallel.expert):
         there = "has no experts: allowed is 1" if experts is None else f"has {experts} experts, which it must divide"
         raise ValueError(f"parallel.expert={parallel.expert}: {settings.model.hf} {there}")
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"model.tokenizer={settings.model.tokenizer or settings.model.hf} has {len(tokenizer)} tokens, "
-            f"the model {settings.model.hf} only {vocab_size} rows (vocab_size): a label above "
-            f"them would have no logit"
-        )
     positions = getattr(hf_config, "max_position_embeddings", None)
     if positions is not None and settings.trainer.seq_length > positions:
         warnings.warn(

@@ -11,17 +11,19 @@ SHARE = 10
 state and activations."""
 
 
-def choose_fused_linear(settings: Settings, vocab_size: int) -> tuple[bool, str | None]:
+def choose_fused_linear(settings: Settings, vocab_size: int, memory: int | None = None) -> tuple[bool, str | None]:
     """What ``loss.fused_linear`` means on this rank, and for ``auto`` a sentence that says why.
 
     Every rank decides for itself from the settings and its memory, so the machines of a run must be of one kind.
+
+    memory: bytes of a rank; None: of this one.
     """
     choice = settings.loss.fused_linear
     if choice != "auto":
         return choice, None
     if settings.loss.gate == "stock":
         return False, None
-    need, have = logits_bytes(settings, vocab_size), rank_memory(settings)
+    need, have = logits_bytes(settings, vocab_size), rank_memory(settings) if memory is None else memory
     fused = need * SHARE > have
     why = (
         f"loss.fused_linear=auto means {str(fused).lower()}: the logits of a micro-batch and their gradient would take "

@@ -203,14 +203,13 @@ def build_optimizer(settings: Settings) -> Any:
     return nl.MegatronOptimizerModule(config=config, lr_scheduler=schedule)
 
 
-def build_trainer(settings: Settings) -> Any:
-    """NeMo's trainer on a MegatronStrategy."""
+def build_strategy(settings: Settings) -> Any:
+    """NeMo's MegatronStrategy: the parallel sizes, Megatron's DDP, and how checkpoints are written."""
     import nemo.lightning as nl
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    parallel, trainer = settings.parallel, settings.trainer
-    on_cpu = settings.run.backend == "cpu"
-    strategy = nl.MegatronStrategy(
+    parallel = settings.parallel
+    return nl.MegatronStrategy(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
@@ -219,7 +218,7 @@ def build_trainer(settings: Settings) -> Any:
         sequence_parallel=parallel.sequence,
         pipeline_dtype=_dtype(settings) if parallel.pipeline > 1 else None,
         ddp=DistributedDataParallelConfig(
-            use_distributed_optimizer=trainer.distributed_optimizer,
+            use_distributed_optimizer=settings.trainer.distributed_optimizer,
             grad_reduce_in_fp32=True,
             average_in_collective=False,
             check_for_nan_in_grad=True,
@@ -235,14 +234,28 @@ def build_trainer(settings: Settings) -> Any:
         distrib_optim_fully_reshardable_mem_efficient=True,
         replace_progress_bar=False,
     )
+
+
+def precision_plugins(settings: Settings) -> list[Any] | None:
+    """NeMo's mixed precision for bf16; None for float32 throughout."""
+    import nemo.lightning as nl
+
+    return [nl.MegatronMixedPrecision(precision="bf16-mixed")] if settings.trainer.precision == "bf16" else None
+
+
+def build_trainer(settings: Settings) -> Any:
+    """NeMo's trainer on a MegatronStrategy."""
+    import nemo.lightning as nl
+
+    trainer = settings.trainer
+    on_cpu = settings.run.backend == "cpu"
     validate = settings.data.validation is not None and trainer.val_every > 0
-    plugins = [nl.MegatronMixedPrecision(precision="bf16-mixed")] if trainer.precision == "bf16" else None
     return nl.Trainer(
         accelerator="cpu" if on_cpu else "gpu",
         devices=trainer.gpus_per_node,
         num_nodes=trainer.num_nodes,
-        strategy=strategy,
-        plugins=plugins,
+        strategy=build_strategy(settings),
+        plugins=precision_plugins(settings),
         max_steps=trainer.max_steps,
         val_check_interval=min(trainer.val_every, trainer.max_steps) if validate else None,
         # Validation is timed by steps of the run, not of the epoch, which starts anew with a resume.

@@ -1,0 +1,65 @@
+"""Bytes of logits and loss on the last stage, at the worst moment, for each way to compute the loss.
+
+Beside what the layers keep (:mod:`nemo_eaft.plan.activations`) and in one micro-batch: with 1F1B a loss is computed
+and differentiated before the next. Megatron-Core 0.15.3 ``tensor_parallel/cross_entropy.py``,
+``fusions/fused_cross_entropy.py``; :mod:`nemo_eaft.loss`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from nemo_eaft.plan.batch import MicroBatch
+from nemo_eaft.plan.layout import Layout
+from nemo_eaft.plan.shape import ModelShape
+from nemo_eaft.settings import Settings
+
+LossPath = Literal["stock_unfused", "stock_fused", "eaft_unfused", "eaft_fused_linear"]
+LOSS_PATHS: tuple[LossPath, ...] = ("stock_unfused", "stock_fused", "eaft_unfused", "eaft_fused_linear")
+
+_FLOAT32 = 4
+# Bytes of logits at once (loss/products.py) and of each scratch tensor of the PyTorch path (loss/rows.py).
+_PIECE = {"transformer_engine": 128 << 20, "local": 40 << 20}
+_SCRATCH = {"transformer_engine": 0, "local": 5 << 20}
+
+
+def loss_path(settings: Settings, fused_linear: bool) -> LossPath:
+    """Which one a run takes; ``fused_linear``: what ``loss.fused_linear`` means there."""
+    if settings.loss.gate == "stock":
+        # NeMo's default (cross_entropy_loss_fusion) is Megatron's fused one; the CPU backend turns fusions off.
+        return "stock_unfused" if settings.run.backend == "cpu" else "stock_fused"
+    return "eaft_fused_linear" if fused_linear else "eaft_unfused"
+
+
+def loss_bytes(shape: ModelShape, layout: Layout, batch: MicroBatch, path: LossPath) -> int:
+    """Logits, loss, and the gradients of both and of the output layer, at their most."""
+    tokens, item = batch.tokens, batch.itemsize
+    columns = shape.vocab_size // layout.tensor
+    logits, wide = tokens * columns * item, tokens * columns * _FLOAT32
+    hidden = tokens * shape.hidden_size * item
+    # The output layer's backward: gradients of hidden states and of the weight, which main_grad then takes.
+    weight = columns * shape.hidden_size * item
+    output_layer = logits + hidden + weight
+    if path in ("stock_unfused", "stock_fused"):
+        # Float32 logits become their softmax and its gradient in place; beside them bfloat16 logits, or gradients.
+        if item < _FLOAT32:
+            return max(logits + wide, output_layer)
+        # Megatron's fused gradient is bfloat16 whatever the logits are, and autograd widens it.
+        return max(wide + (tokens * columns * 2 if path == "stock_fused" else 0), output_layer)
+    scratch = min(_SCRATCH[batch.layers], wide) * (2 if item < _FLOAT32 else 1)
+    if path == "eaft_unfused":
+        return max(2 * logits + scratch, output_layer)
+    piece = min(_PIECE[batch.layers] * item // (_FLOAT32 if batch.layers == "local" else item), logits)
+    wide_hidden = tokens * shape.hidden_size * _FLOAT32
+    narrow = item < _FLOAT32
+    made_again = piece + scratch
+    if narrow and batch.layers == "local":
+        # PyTorch's products on a CPU widen their factors: the weight and the piece.
+        made_again = piece + max(scratch, weight * 2 + piece * 2)
+    if layout.tensor == 1 and layout.virtual_pipeline == 1:
+        # Both gradients are made in forward, in float32.
+        made = wide_hidden + columns * shape.hidden_size * _FLOAT32
+        backward = (wide_hidden + hidden if narrow else hidden) + weight
+        return made + max(made_again, backward)
+    gathered = hidden if layout.sequence else 0
+    return gathered + wide_hidden + max(made_again, hidden + weight)

@@ -1,0 +1,58 @@
+"""``nemo-eaft plan --rehearse``: the real Megatron model of every kind of rank, built without memory, and compared with
+the plan.
+
+NeMo and Megatron-Core build each rank on torch's meta device, in fake process groups of the whole world, with EAFT,
+Megatron's DDP buffers and optimizer (:mod:`.build`, in a process of its own, :mod:`.worker`). What was built comes back
+as plain data (:mod:`.records`) and is checked (:mod:`.checks`). Nothing is trained, and no weights are read.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_eaft.convert import environment_outside_a_job
+from nemo_eaft.plan.rehearsal.checks import check
+from nemo_eaft.plan.rehearsal.records import Built
+from nemo_eaft.plan.rehearsal.report import Rehearsal
+from nemo_eaft.plan.shape import ModelShape, find_config
+from nemo_eaft.settings import Settings
+
+_WORKER = "nemo_eaft.plan.rehearsal.worker"
+
+
+def rehearse(settings: Settings, fused_linear: bool) -> Rehearsal:
+    """Build what the ranks of a run would build, and check it against the plan.
+
+    settings: of a run that fits its model (:func:`nemo_eaft.hf_model.check_layout`).
+    fused_linear: what ``loss.fused_linear`` means on the GPUs of the run.
+
+    Raises:
+        ValueError: Megatron-Core or EAFT refuses what is asked for, or the model is not known here.
+        RuntimeError: building failed otherwise.
+    """
+    hf_config = find_config(settings.model.hf)
+    built = _in_own_process(settings, hf_config, fused_linear)
+    return Rehearsal(settings, built, tuple(check(built, settings, ModelShape.from_hf(hf_config))))
+
+
+def _in_own_process(settings: Settings, hf_config: Mapping[str, Any], fused_linear: bool) -> Built:
+    with tempfile.TemporaryDirectory() as name:
+        request, result = Path(name, "request.json"), Path(name, "result.json")
+        asked = {"settings": asdict(settings), "hf_config": dict(hf_config), "fused_linear": fused_linear}
+        request.write_text(json.dumps(asked))
+        # Nothing is computed; a GPU that is there would be taken for the place to build.
+        environment = environment_outside_a_job() | {"CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", _WORKER, str(request), str(result)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode == 2:
+            raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("nemo_eaft.plan.rehearsal: "))
+        if done.returncode:
+            raise RuntimeError(f"the rehearsal failed (exit code {done.returncode}):\n{done.stderr[-4000:]}")
+        return Built.from_mapping(json.loads(result.read_text()))
