@@ -95,7 +95,13 @@ class Case(NamedTuple):
         return kept + score_buffer_bytes(shape, layout, batch) + max(loss, backward)
 
 
-CASES = [
+_LOSSES: list[tuple[LossPath, bool]] = [
+    ("stock_unfused", True),
+    ("stock_fused", True),
+    ("eaft_fused_linear", True),
+    ("eaft_fused_linear", False),
+]
+CASES: list[Case] = [
     Case(shape, precision, recompute, "eaft_unfused")
     for shape in ("wide", "deep")
     for precision in ("fp32", "bf16")
@@ -106,12 +112,7 @@ CASES += [
     # With full recompute little is kept, and the loss is most of it.
     Case("wide", precision, "full", path, one_pass)
     for precision in ("fp32", "bf16")
-    for path, one_pass in (
-        ("stock_unfused", True),
-        ("stock_fused", True),
-        ("eaft_fused_linear", True),
-        ("eaft_fused_linear", False),
-    )
+    for path, one_pass in _LOSSES
 ]
 
 
@@ -158,7 +159,7 @@ def nemo_sizes() -> dict[str, dict[str, int]]:
     }
     found = {}
     for name, config in classes.items():
-        values = {entry.name: entry.default for entry in dataclasses.fields(config)}
+        values: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(config)}
         found[name] = {
             "num_hidden_layers": values["num_layers"],
             "hidden_size": values["hidden_size"],
@@ -204,11 +205,11 @@ def _model(case: Case, distributed_optimizer: bool = False) -> Any:
 
     shape = case.model
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[case.precision]
-    recompute: dict[str, Any] = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective"},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[case.recompute]
+    recompute: dict[str, Any] = {}
+    if case.recompute != "none":
+        recompute["recompute_granularity"] = case.recompute
+    if case.recompute == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     experts: dict[str, Any] = {}
     if shape.num_experts is not None:
         experts = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def real() -> Measured:
     return result
 
 
-def off(case: Case, peak: int, **changes: object) -> float:
+def off(case: Case, peak: int, **changes: Any) -> float:
     """Distance of plan's number, of another case with `changes`, from the measured one; relative."""
     return abs(case.planned(**changes) / peak - 1)
 
