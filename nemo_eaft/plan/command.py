@@ -17,7 +17,8 @@ from nemo_eaft.plan.report import as_mapping, show, show_layouts, summary
 from nemo_eaft.plan.shape import find_shape
 from nemo_eaft.settings import Settings
 
-_START = Path(__file__).with_name("search.yaml")
+START = Path(__file__).with_name("search.yaml")
+"""What a search starts from where no CONF is given."""
 _SHOWN = 10
 _EPILOG = (
     "Without --gpus the layout of CONF is planned. With --gpus all layouts of so many GPUs are tried and ranked: "
@@ -74,7 +75,7 @@ def _search(arguments: argparse.Namespace, conf: str | None, overrides: list[str
         raise ValueError(f"--gpus={gpus} must be 1 to {per_node}, or a multiple of {hardware.gpus_per_node}")
     if conf is None and arguments.model is None:
         raise ValueError(f"--gpus={gpus} needs --model NAME or a CONF")
-    settings = _compose(conf or str(_START), overrides, arguments.model)
+    settings = _compose(conf or str(START), overrides, arguments.model)
     shape = find_shape(settings.model.hf)
     plans = search(settings, shape, hardware, arguments.attention, (gpus // per_node, per_node))
     if not plans:
