@@ -70,9 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _search(arguments: argparse.Namespace, conf: str | None, overrides: list[str], hardware: Hardware) -> int:
     gpus: int = arguments.gpus
-    per_node = min(gpus, hardware.gpus_per_node)
-    if gpus < 1 or gpus % per_node:
-        raise ValueError(f"--gpus={gpus} must be 1 to {per_node}, or a multiple of {hardware.gpus_per_node}")
+    in_machine = hardware.gpus_per_node
+    if gpus < 1 or (gpus > in_machine and gpus % in_machine):
+        raise ValueError(f"--gpus={gpus} must be 1 to {in_machine}, or a multiple of {in_machine}")
+    per_node = min(gpus, in_machine)
     if conf is None and arguments.model is None:
         raise ValueError(f"--gpus={gpus} needs --model NAME or a CONF")
     settings = _compose(conf or str(START), overrides, arguments.model)

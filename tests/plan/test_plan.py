@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -266,4 +266,4 @@ def test_a_changed_run_is_checked_anew() -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 def test_hardware_is_checked(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^--{field.replace('_', '-')}={value} must be a finite number above 0"):
-        Hardware(**{field: value})
+        Hardware(**cast(Any, {field: value}))
