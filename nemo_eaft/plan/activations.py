@@ -191,9 +191,10 @@ def _scores(width: _Widths, batch: MicroBatch) -> int:
 
 def _feed_forward(width: _Widths, batch: MicroBatch, tensors: int, shape: ModelShape) -> int:
     """Gate and up together (2 of ``tensors``), the result (1), and without fusion silu's and a copy of up (2)."""
-    kept = batch.tokens * tensors * width.feed_forward * batch.itemsize
-    if shape.num_experts is not None:
-        # The tokens as sent and as they come back, and the router's probabilities: in float32 and chosen ones.
-        kept += 2 * batch.residual_tokens * width.sent * width.hidden * batch.itemsize
-        kept += batch.residual_tokens * 2 * shape.num_experts * _FLOAT32
-    return kept
+    if shape.num_experts is None:
+        return batch.tokens * tensors * width.feed_forward * batch.itemsize
+    # The result before it is multiplied by the expert's probability as well; the tokens as experts get them; the
+    # router's numbers.
+    kept = batch.tokens * (tensors + 1) * width.feed_forward * batch.itemsize
+    kept += batch.residual_tokens * width.sent * width.hidden * batch.itemsize
+    return kept + batch.residual_tokens * 4 * shape.num_experts * _FLOAT32

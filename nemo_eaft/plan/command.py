@@ -18,7 +18,8 @@ from nemo_eaft.plan.report import as_mapping, show, show_layouts, summary
 from nemo_eaft.plan.shape import find_shape
 from nemo_eaft.settings import Settings
 
-_START = Path(__file__).with_name("search.yaml")
+START = Path(__file__).with_name("search.yaml")
+"""What a search starts from where no CONF is given."""
 _SHOWN = 10
 _EPILOG = (
     "Without --gpus the layout of CONF is planned. With --gpus all layouts of so many GPUs are tried and ranked: "
@@ -82,12 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _search(arguments: argparse.Namespace, conf: str | None, overrides: list[str], hardware: Hardware) -> int:
     gpus: int = arguments.gpus
-    per_node = min(gpus, hardware.gpus_per_node)
-    if gpus < 1 or gpus % per_node:
-        raise ValueError(f"--gpus={gpus} must be 1 to {per_node}, or a multiple of {hardware.gpus_per_node}")
+    in_machine = hardware.gpus_per_node
+    if gpus < 1 or (gpus > in_machine and gpus % in_machine):
+        raise ValueError(f"--gpus={gpus} must be 1 to {in_machine}, or a multiple of {in_machine}")
+    per_node = min(gpus, in_machine)
     if conf is None and arguments.model is None:
         raise ValueError(f"--gpus={gpus} needs --model NAME or a CONF")
-    settings = _compose(conf or str(_START), overrides, arguments.model)
+    settings = _compose(conf or str(START), overrides, arguments.model)
     shape = find_shape(settings.model.hf)
     plans = search(settings, shape, hardware, arguments.attention, (gpus // per_node, per_node))
     if not plans:
