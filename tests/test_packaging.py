@@ -1,4 +1,4 @@
-"""What a stranger gets: wheel, pinned environment, container, cluster script, the commands of the README."""
+"""What a stranger gets: wheel, pinned environment, scripts, the commands of the README."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_continuous_integration_runs_make_test() -> None:
     assert os.access(script, os.X_OK)
     assert re.search(r"^make test$", script.read_text(), re.MULTILINE)
     told = run("make", "--dry-run", "test", cwd=ROOT)
-    for tool in ("ruff check", "ruff format --check", "mypy", "pytest"):
+    for tool in ("ruff check", "ruff format --check", "mypy", "hadolint Dockerfile", "pytest"):
         assert tool in told.stdout
 
 
@@ -233,33 +233,7 @@ def test_summary_counts_gpu_tests(pytester: pytest.Pytester, monkeypatch: pytest
     result.stdout.fnmatch_lines(["*tests marked gpu: 2 skipped (no CUDA device here)*"])
 
 
-# --- Dockerfile ---
-
-
-def test_dockerfile_keeps_the_images_packages() -> None:
-    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
-    instructions = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert instructions[0] == "ARG BASE_IMAGE=nvcr.io/nvidia/nemo:25.11.01"
-    assert instructions[1] == "FROM ${BASE_IMAGE}"
-    (install,) = [line for line in instructions if "pip install" in line]
-    for word in ('PIP_CONSTRAINT=""', "--no-deps", "--no-build-isolation", "--no-cache-dir"):
-        assert word in install
-    smoke = instructions[-1]
-    assert smoke.startswith("RUN python -c ")
-    assert "import nemo.collections.llm, nemo_eaft.nemo" in smoke
-    # The last WORKDIR before the smoke test is not the source folder, or it would import from there.
-    workdirs = [line.split()[1] for line in instructions if line.startswith("WORKDIR")]
-    assert workdirs[-1] != workdirs[0]
-
-
-def test_docker_context_holds_what_is_copied() -> None:
-    lines = (ROOT / "Dockerfile").read_text().splitlines()
-    sources = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
-    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert sources
-    assert set(sources) == allowed
-    assert all((ROOT / source).exists() for source in sources)
-    assert {"pyproject.toml", "nemo_eaft", PYPROJECT["project"]["readme"]} <= allowed
+# --- scripts ---
 
 
 def test_shell_scripts_pass_shellcheck() -> None:
@@ -279,7 +253,7 @@ EXERCISED = {
     "make demo": "Makefile:demo",
     "make test": ".ci/run:make test",
     "make install": "Makefile:install",
-    "docker build": "tests/test_packaging.py:test_dockerfile_keeps_the_images_packages",
+    "docker build": "tests/test_dockerfile.py:test_an_install_changes_nothing_of_the_image",
     "sbatch": "tests/test_sbatch.py:test_sbatch_starts_one_torchrun_per_node",
     "nemo-eaft import": 'tests/test_cli.py:"import"',
     "nemo-eaft train": 'tests/test_cli.py:"train"',
