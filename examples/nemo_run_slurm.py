@@ -39,7 +39,9 @@ def main() -> None:
     with run.Experiment("nemo-eaft") as experiment:
         imported = experiment.add(
             # Quoted here, for only torchrun's words are quoted by NeMo-Run.
-            run.Script(path="nemo_eaft.cli", m=True, entrypoint="python", args=["import", "--data", *map(quote, settings)]),
+            run.Script(
+                path="nemo_eaft.cli", m=True, entrypoint="python", args=["import", "--data", *map(quote, settings)]
+            ),
             executor=importing(arguments),
             name="import",
         )

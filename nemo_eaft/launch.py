@@ -48,7 +48,7 @@ def job_identity(environment: Mapping[str, str] = os.environ) -> str:
     """What all ranks of a job have in common and those of another job, or of the same one requeued, have not.
 
     Ranks that ``torchrun`` starts again are another job. On one machine it counts them; several machines count each
-    for itself, so there it is the store's port, which a c10d rendezvous chose for this start (:mod:`nemo_eaft.restart`).
+    for itself, so there it is the port of the store, new with each start (:mod:`nemo_eaft.restart`).
     Empty where nothing tells jobs apart, which is so with a launcher other than ``torchrun`` and SLURM.
     """
     parts = {name: environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")}

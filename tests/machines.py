@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 NETWORK = "192.0.2"
 """Of addresses: TEST-NET-1, which no network uses."""
@@ -77,7 +78,7 @@ class Machine:
     holder: Holder
     switch: Holder
 
-    environment = {"GLOO_SOCKET_IFNAME": INTERFACE}
+    environment: ClassVar = {"GLOO_SOCKET_IFNAME": INTERFACE}
     """What torchrun needs to be told here."""
 
     def start(self, words: list[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -138,7 +139,7 @@ class Pretended:
     """A process group of this machine in place of a :class:`Machine`."""
 
     name = "127.0.0.1"
-    environment = {"PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment: ClassVar = {"PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen[bytes]] = []

@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as no Docker engine is needed: its text, and its steps run where packages stand as in an image.
+"""The Dockerfile without a Docker engine: its text, and its steps, run where packages stand as they do in an image.
 
 The image's part is played by a virtual environment that sees what this one has installed, but for nemo_eaft.
 """
@@ -90,8 +90,10 @@ def test_the_stated_minimums_admit_the_images(image: str) -> None:
         assert found[canonicalize_name(name)].contains(version, prereleases=True), f"{name} {version}"
 
 
-@pytest.mark.skipif(shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is None,
-                    reason="hadolint is not installed")
+@pytest.mark.skipif(
+    shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is None,
+    reason="hadolint is not installed",
+)
 def test_hadolint_has_no_objection(tmp_path: Path) -> None:
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = run("hadolint", ROOT / "Dockerfile", cwd=ROOT, env=env)

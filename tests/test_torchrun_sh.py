@@ -8,11 +8,10 @@ import pytest
 
 from nemo_eaft.compose import compose
 from nemo_eaft.restart import OWN_STORES
+from tests.cluster import CALL, cluster, records  # noqa: F401
 from tests.test_packaging import ROOT, run
-from tests.test_sbatch import cluster, records  # noqa: F401
 
 SCRIPT = ROOT / "examples" / "torchrun.sh"
-CALL = ("qwen3-0.6b", "data.train=/data/a b.jsonl", "parallel.tensor=8", "parallel.pipeline=2")
 
 
 def test_the_same_line_starts_every_machine(cluster: dict[str, str], tmp_path: Path) -> None:
