@@ -255,6 +255,8 @@ EXERCISED = {
     "make install": "Makefile:install",
     "docker build": "tests/test_dockerfile.py:test_an_install_changes_nothing_of_the_image",
     "sbatch": "tests/test_sbatch.py:test_sbatch_starts_one_torchrun_per_node",
+    "examples/torchrun.sh": "tests/nemo/test_two_machines.py:torchrun.sh",
+    "python examples/nemo_run_slurm.py": "tests/test_nemo_run.py:nemo_run_slurm.py",
     "nemo-eaft import": 'tests/test_cli.py:"import"',
     "nemo-eaft train": 'tests/test_cli.py:"train"',
     "nemo-eaft export": 'tests/test_cli_export.py:"export"',
@@ -294,14 +296,17 @@ def test_readme_names_configurations_that_exist() -> None:
 
     checked = 0
     for command in readme_commands((ROOT / "README.md").read_text()):
-        found = re.match(r"(?:nemo-eaft (?:train|import)|sbatch \S+|torchrun .*-m nemo_eaft\.train) (\S+)(.*)", command)
+        found = re.match(
+            r"(?:nemo-eaft (?:train|import)|sbatch \S+|torchrun .*-m nemo_eaft\.train|examples/torchrun\.sh) (\S+)(.*)",
+            command,
+        )
         if not found:
             continue
         conf, words = found[1], found[2].split()
         assert conf in shipped(), f"README uses {conf}, which conf/ does not hold"
         if "import" in command and not any(word.startswith("data.train=") for word in words):
             words.append("data.train=rows.jsonl")
-        if "sbatch" in command:
+        if "sbatch" in command or "torchrun.sh" in command:
             words += ["trainer.num_nodes=2", "trainer.gpus_per_node=8"]
         compose(conf, words)
         checked += 1
