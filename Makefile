@@ -6,7 +6,7 @@
 #   make matrix     the layouts that training is compared in, those of up to eight ranks too
 #   make soak       500 steps on four ranks, killed twelve times at random moments; half an hour, SOAK_ARGS="--steps 40"
 #   make bench      the loss beside its peers, into benchmarks/results/; BENCH_ARGS=--quick for the main rows alone
-#   make lint       linters and type checker alone
+#   make lint       linters (of Python and of the Dockerfile) and type checker alone
 #   make clean      removes caches and build output; `make distclean` removes $(VENV) and runs/ too
 #
 # Overridable: PYTHON, VENV, TORCH_INDEX, PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, SOAK_ARGS, e.g. make test PYTEST_ARGS="-x tests/loss"
@@ -86,6 +86,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

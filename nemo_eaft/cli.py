@@ -175,6 +175,8 @@ def _train(arguments: argparse.Namespace) -> int:
         if code == 0:
             _say_where(Path(settings.run.dir))
         return code
+    from nemo_eaft.restart import check_store
+
     rank, ranks = place
     stop.listen()
     # As torchrun's own `record` does: a rank that a fault of memory ends prints where it was.
@@ -182,6 +184,7 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         # Before write_error can act: until these pass, run.dir may be another run's.
         check_world(settings, ranks)
+        check_store()
         check_run_dir(settings, allow)
     except ValueError as error:
         tell_torchrun(error)

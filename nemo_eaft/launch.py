@@ -52,13 +52,15 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | N
 def job_identity(environment: Mapping[str, str] = os.environ) -> str:
     """What all ranks of a job have in common and those of another job, or of the same one requeued, have not.
 
-    Ranks that ``torchrun`` starts again on one machine are another job; several machines count restarts each for
-    itself, so there the count can be no part of it. Empty where nothing tells jobs apart, which is so with a launcher
-    other than ``torchrun`` and SLURM, and with ``torchrun`` on several machines without ``--rdzv-id``.
+    Ranks that ``torchrun`` starts again are another job. On one machine it counts them; several machines count each
+    for itself, so there it is the port of the store, new with each start (:mod:`nemo_eaft.restart`).
+    Empty where nothing tells jobs apart, which is so with a launcher other than ``torchrun`` and SLURM.
     """
     parts = {name: environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")}
     run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
     one_machine = environment.get("LOCAL_WORLD_SIZE", "") == environment.get("WORLD_SIZE", "?")
+    if several_machines(environment) and "TORCHELASTIC_RUN_ID" in environment:
+        parts |= {name: environment.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")}
     if run_id != "none":  # torchrun's default, the same for every job
         parts["TORCHELASTIC_RUN_ID"] = run_id
     elif (file := environment.get("TORCHELASTIC_ERROR_FILE")) and one_machine:
@@ -69,8 +71,15 @@ def job_identity(environment: Mapping[str, str] = os.environ) -> str:
     return " ".join(f"{name}={value}" for name, value in parts.items() if value)
 
 
+def several_machines(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether ``torchrun`` started the ranks of this job on more than one machine."""
+    return environment.get("LOCAL_WORLD_SIZE", "1") != environment.get("WORLD_SIZE", "1")
+
+
 def _attempt(environment: Mapping[str, str] = os.environ) -> str:
-    """The job and how often ``torchrun`` has restarted its ranks. Machines may count differently: only for errors."""
+    """The job and how often ``torchrun`` has restarted its ranks, where that is one count."""
+    if several_machines(environment):
+        return job_identity(environment)
     return f"{job_identity(environment)} restart={environment.get('TORCHELASTIC_RESTART_COUNT', '0')}".strip()
 
 

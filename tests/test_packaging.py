@@ -1,4 +1,4 @@
-"""What a stranger gets: wheel, pinned environment, container, cluster script, the commands of the README."""
+"""What a stranger gets: wheel, pinned environment, scripts, the commands of the README."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_continuous_integration_runs_make_test() -> None:
     assert os.access(script, os.X_OK)
     assert re.search(r"^make test$", script.read_text(), re.MULTILINE)
     told = run("make", "--dry-run", "test", cwd=ROOT)
-    for tool in ("ruff check", "ruff format --check", "mypy", "pytest"):
+    for tool in ("ruff check", "ruff format --check", "mypy", "hadolint Dockerfile", "pytest"):
         assert tool in told.stdout
 
 
@@ -233,40 +233,16 @@ def test_summary_counts_gpu_tests(pytester: pytest.Pytester, monkeypatch: pytest
     result.stdout.fnmatch_lines(["*tests marked gpu: 2 skipped (no CUDA device here)*"])
 
 
-# --- Dockerfile ---
-
-
-def test_dockerfile_keeps_the_images_packages() -> None:
-    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
-    instructions = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert instructions[0] == "ARG BASE_IMAGE=nvcr.io/nvidia/nemo:25.11.01"
-    assert instructions[1] == "FROM ${BASE_IMAGE}"
-    (install,) = [line for line in instructions if "pip install" in line]
-    for word in ('PIP_CONSTRAINT=""', "--no-deps", "--no-build-isolation", "--no-cache-dir"):
-        assert word in install
-    smoke = instructions[-1]
-    assert smoke.startswith("RUN python -c ")
-    assert "import nemo.collections.llm, nemo_eaft.nemo" in smoke
-    # The last WORKDIR before the smoke test is not the source folder, or it would import from there.
-    workdirs = [line.split()[1] for line in instructions if line.startswith("WORKDIR")]
-    assert workdirs[-1] != workdirs[0]
-
-
-def test_docker_context_holds_what_is_copied() -> None:
-    lines = (ROOT / "Dockerfile").read_text().splitlines()
-    sources = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
-    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert sources
-    assert set(sources) == allowed
-    assert all((ROOT / source).exists() for source in sources)
-    assert {"pyproject.toml", "nemo_eaft", PYPROJECT["project"]["readme"]} <= allowed
+# --- scripts ---
 
 
 def test_shell_scripts_pass_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    done = run(shellcheck, SBATCH, ROOT / ".ci" / "run", cwd=ROOT)
+    scripts = sorted(path for kind in ("*.sh", "*.sbatch") for path in (ROOT / "examples").rglob(kind))
+    assert len(scripts) >= 6
+    done = run(shellcheck, "-x", *scripts, ROOT / ".ci" / "run", cwd=ROOT)
     assert done.returncode == 0, done.stdout
 
 
@@ -277,8 +253,10 @@ EXERCISED = {
     "make demo": "Makefile:demo",
     "make test": ".ci/run:make test",
     "make install": "Makefile:install",
-    "docker build": "tests/test_packaging.py:test_dockerfile_keeps_the_images_packages",
+    "docker build": "tests/test_dockerfile.py:test_an_install_changes_nothing_of_the_image",
     "sbatch": "tests/test_sbatch.py:test_sbatch_starts_one_torchrun_per_node",
+    "examples/torchrun.sh": "tests/nemo/test_two_machines.py:torchrun.sh",
+    "python examples/nemo_run_slurm.py": "tests/test_nemo_run.py:nemo_run_slurm.py",
     "nemo-eaft import": 'tests/test_cli.py:"import"',
     "nemo-eaft train": 'tests/test_cli.py:"train"',
     "nemo-eaft export": 'tests/test_cli_export.py:"export"',
@@ -318,14 +296,17 @@ def test_readme_names_configurations_that_exist() -> None:
 
     checked = 0
     for command in readme_commands((ROOT / "README.md").read_text()):
-        found = re.match(r"(?:nemo-eaft (?:train|import)|sbatch \S+|torchrun .*-m nemo_eaft\.train) (\S+)(.*)", command)
+        found = re.match(
+            r"(?:nemo-eaft (?:train|import)|sbatch \S+|torchrun .*-m nemo_eaft\.train|examples/torchrun\.sh) (\S+)(.*)",
+            command,
+        )
         if not found:
             continue
         conf, words = found[1], found[2].split()
         assert conf in shipped(), f"README uses {conf}, which conf/ does not hold"
         if "import" in command and not any(word.startswith("data.train=") for word in words):
             words.append("data.train=rows.jsonl")
-        if "sbatch" in command:
+        if "sbatch" in command or "torchrun.sh" in command:
             words += ["trainer.num_nodes=2", "trainer.gpus_per_node=8"]
         compose(conf, words)
         checked += 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_eaft.restart import store_of_this_attempt
+from nemo_eaft.restart import OWN_STORES, check_store, store_of_this_attempt
 
 ROOT = Path(__file__).parent.parent
 ALONE = {
@@ -36,11 +36,33 @@ def test_otherwise_torch_has_its_own(environment: dict[str, str]) -> None:
     assert store_of_this_attempt(environment) is None
 
 
+SEVERAL = ALONE | {"WORLD_SIZE": "4", "TORCHELASTIC_MAX_RESTARTS": "2"}
+
+
+def test_restarts_on_several_machines_need_a_store_each() -> None:
+    """What happens otherwise: test_machines.py."""
+    with pytest.raises(ValueError, match=rf"--max-restarts=2 on several machines needs {OWN_STORES}=1"):
+        check_store(SEVERAL)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        ALONE | {"TORCHELASTIC_MAX_RESTARTS": "2"},
+        SEVERAL | {"TORCHELASTIC_MAX_RESTARTS": "0"},
+        SEVERAL | {"TORCHELASTIC_USE_AGENT_STORE": "False"},
+    ],
+)
+def test_otherwise_any_store_will_do(environment: dict[str, str]) -> None:
+    check_store(environment)
+
+
 # Rank 1 is killed; started again it is there three seconds before rank 0.
 RANKS = """
     import datetime, os, signal, sys, time
     import torch, torch.distributed as dist
-    from nemo_eaft.restart import store_of_this_attempt
+    from nemo_eaft.restart import OWN_STORES, check_store, store_of_this_attempt
     rank, again = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
     if again and rank == 0:
         while not os.path.exists(sys.argv[2]):

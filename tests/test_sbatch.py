@@ -1,8 +1,7 @@
-"""examples/slurm/train.sbatch, run by a real shell with stand-ins for what only a cluster has."""
+"""The batch scripts of examples/slurm, run by a real shell with stand-ins for what only a cluster has."""
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
@@ -12,56 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_packaging import SBATCH, run
+from tests.cluster import CALL, STOPPING, cluster, records  # noqa: F401
+from tests.test_packaging import ROOT, SBATCH, run
 
-RECORDER = """#!{python}
-import json, os, subprocess, sys
-keys = ("CUDA_DEVICE_MAX_CONNECTIONS", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
-keys += ("NEMO_HOME", "NEMO_EAFT_HOME")
-with open(os.environ["RECORD"], "a") as out:
-    env = {{key: os.environ.get(key) for key in keys}}
-    out.write(json.dumps({{"program": "{name}", "words": sys.argv[1:], "env": env}}) + "\\n")
-if "{name}" == "scontrol":
-    print("node7\\nnode8")
-words = sys.argv[1:]
-if "{name}" == "srun" and "bash" in words:
-    # What the second node of the job does with it: its own number, and none of the host's variables changed.
-    sys.exit(subprocess.run(words[words.index("bash"):], env=dict(os.environ, SLURM_NODEID="1")).returncode)
-"""
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> dict[str, str]:
-    """The environment of a batch script, with programs that record how they are called."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("srun", "scontrol", "torchrun"):
-        (folder / name).write_text(RECORDER.format(python=sys.executable, name=name))
-        (folder / name).chmod(0o755)
-    return {
-        "PATH": f"{folder}:/usr/bin:/bin",
-        "RECORD": str(tmp_path / "record"),
-        "IMAGE": "/images/nemo_eaft.sqsh",
-        "DATA": str(tmp_path / "my data"),
-        "RUN": str(tmp_path / "run"),
-        "HF_HOME": str(tmp_path / "hub"),
-        "SLURM_JOB_NODELIST": "node[7-8]",
-        "SLURM_JOB_ID": "123456",
-        "SLURM_NNODES": "2",
-        "SLURM_NODEID": "0",
-        "SLURM_GPUS_ON_NODE": "8",
-    }
-
-
-CALL = ("qwen3-0.6b", "data.train=/data/a b.jsonl", "parallel.tensor=8", "parallel.pipeline=2")
+IMPORT = SBATCH.with_name("import.sbatch")
 
 
 def test_sbatch_starts_one_torchrun_per_node(cluster: dict[str, str], tmp_path: Path) -> None:
     done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster)
     assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in Path(cluster["RECORD"]).read_text().splitlines()]
-    host, converting, training, rank = records
-    assert [record["program"] for record in records] == ["scontrol", "srun", "srun", "torchrun"]
+    started = records(cluster)
+    host, converting, training, rank = started
+    assert [record["program"] for record in started] == ["scontrol", "srun", "srun", "torchrun"]
     assert host["words"] == ["show", "hostnames", "node[7-8]"]
 
     mounts = f"{cluster['DATA']}:/data,{cluster['RUN']}:/results,{cluster['HF_HOME']}:{cluster['HF_HOME']}"
@@ -71,6 +32,9 @@ def test_sbatch_starts_one_torchrun_per_node(cluster: dict[str, str], tmp_path: 
         ]
         assert f"--container-image={cluster['IMAGE']}" in step["words"]
         assert step["env"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+        # What the image has for a variable would hold otherwise.
+        [named] = [word for word in step["words"] if word.startswith("--container-env=")]
+        assert {"CUDA_DEVICE_MAX_CONNECTIONS", "HF_HOME", "NEMO_HOME"} <= set(named.partition("=")[2].split(","))
 
     settings = [*CALL, "trainer.num_nodes=2", "trainer.gpus_per_node=8", "run.dir=/results"]
     assert {"--nodes=1", "--ntasks=1"} <= set(converting["words"])
@@ -99,7 +63,7 @@ def test_sbatch_shares_converted_checkpoints(cluster: dict[str, str], tmp_path: 
         more = {} if shared is None else {"NEMO_EAFT_HOME": shared}
         done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster | more)
         assert done.returncode == 0, done.stderr
-        _, converting, training, rank = [json.loads(line) for line in Path(cluster["RECORD"]).read_text().splitlines()]
+        _, converting, training, rank = records(cluster)
         expected = "/results/home" if shared is None else shared
         for step in (converting, training, rank):
             assert step["env"]["NEMO_EAFT_HOME"] == expected
@@ -115,7 +79,7 @@ def test_sbatch_passes_settings_that_are_accepted(cluster: dict[str, str], tmp_p
 
     done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster)
     assert done.returncode == 0, done.stderr
-    words = json.loads(Path(cluster["RECORD"]).read_text().splitlines()[-1])["words"]
+    words = records(cluster)[-1]["words"]
     conf, *overrides = words[words.index("nemo_eaft.train") + 1 :]
     settings = compose(conf, overrides)
     assert settings.world_size == 16
@@ -140,34 +104,82 @@ def test_sbatch_needs_a_configuration(cluster: dict[str, str], tmp_path: Path) -
     assert "usage" in done.stderr
 
 
+def test_sbatch_says_where_it_looks_for_its_neighbours(cluster: dict[str, str], tmp_path: Path) -> None:
+    """SLURM runs a copy of a batch script, in a folder of its own."""
+    for script in (SBATCH, IMPORT):
+        done = run("bash", script, *CALL, cwd=tmp_path, env=cluster | {"SLURM_SUBMIT_DIR": str(tmp_path)})
+        assert done.returncode == 2
+        assert f"no {tmp_path}/examples/slurm/job.sh" in done.stderr
+        assert records(cluster) == []
+        more = {"SLURM_SUBMIT_DIR": str(tmp_path), "EXAMPLES": str(ROOT / "examples")}
+        done = run("bash", script, *CALL, cwd=tmp_path, env=cluster | more)
+        assert done.returncode == 0, done.stderr
+        Path(cluster["RECORD"]).unlink()
+
+
+def test_every_variable_of_the_environment_is_named_for_the_container(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "environment.sh"
+    told = run("bash", "-c", '. "$0"; echo "$ENVIRONMENT"; env', script, cwd=tmp_path, env={"NCCL_NVLS_ENABLE": "1"})
+    named, *lines = told.stdout.splitlines()
+    exported = re.findall(r"^export (\w+)=", script.read_text(), re.MULTILINE)
+    assert named.split(",") == exported
+    assert set(exported) <= {line.partition("=")[0] for line in lines}
+    assert "NCCL_NVLS_ENABLE=1" in lines, "the user's own value was lost"
+
+
+def test_an_import_on_its_own_reads_the_settings_of_the_training(cluster: dict[str, str], tmp_path: Path) -> None:
+    """Then a training without a hub: its own import finds all, and asks for nothing."""
+    from nemo_eaft.compose import compose
+
+    done = run("bash", IMPORT, *CALL, cwd=tmp_path, env=cluster)
+    assert done.returncode == 0, done.stderr
+    [alone] = records(cluster)
+    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    _, _, again, *_ = records(cluster)
+    assert alone["env"]["HF_HUB_OFFLINE"] is None
+    assert again["env"]["HF_HUB_OFFLINE"] == "1"
+    assert alone["words"] == again["words"]
+    *_, command, data, conf = alone["words"][: alone["words"].index(CALL[1])]
+    assert (command, data, conf) == ("import", "--data", CALL[0])
+    compose(conf, alone["words"][alone["words"].index(conf) + 1 :])
+
+
+SWEEP = "sft loss=sft\neaft\n\nstrong loss.alpha=2 loss.top_k=40\n../away loss=sft\n"
+
+
+@pytest.mark.parametrize("task, name, more", [(1, "sft", ["loss=sft"]), (2, "eaft", []), (4, "strong", 2)])
+def test_an_array_is_one_run_a_line(
+    cluster: dict[str, str], tmp_path: Path, task: int, name: str, more: list[str] | int
+) -> None:
+    (tmp_path / "sweep.txt").write_text(SWEEP)
+    array = {"SWEEP": str(tmp_path / "sweep.txt"), "SLURM_ARRAY_TASK_ID": str(task)}
+    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster | array)
+    assert done.returncode == 0, done.stderr
+    training, rank = records(cluster)[-2:]
+    [mounts] = [word for word in training["words"] if word.startswith("--container-mounts=")]
+    assert f",{cluster['RUN']}/{name}:/results," in mounts
+    added = rank["words"][rank["words"].index(CALL[-1]) + 1 : -3]
+    assert added == (["loss.alpha=2", "loss.top_k=40"] if more == 2 else more)
+
+
+@pytest.mark.parametrize("task", ["3", "5", "6", None])
+def test_a_line_without_a_name_starts_nothing(cluster: dict[str, str], tmp_path: Path, task: str | None) -> None:
+    """Empty, a way out of the folder, past the end, no array."""
+    (tmp_path / "sweep.txt").write_text(SWEEP)
+    array = {"SWEEP": str(tmp_path / "sweep.txt")} | ({} if task is None else {"SLURM_ARRAY_TASK_ID": task})
+    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster | array)
+    assert done.returncode != 0
+    assert ("does not begin with a name" if task else "SWEEP is for a job array") in done.stderr
+    assert records(cluster) == []
+
+
 def test_sbatch_ends_when_the_import_fails(cluster: dict[str, str], tmp_path: Path) -> None:
     srun = tmp_path / "bin" / "srun"
     srun.write_text(f'#!/bin/sh\necho x >> "{tmp_path}/steps"\nexit 3\n')
     done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster)
     assert done.returncode == 3
     assert (tmp_path / "steps").read_text() == "x\n"
-
-
-# A training that goes on until its folder asks it to stop; what it does then is its first argument.
-STOPPING = """#!{python}
-import os, sys, time
-from pathlib import Path
-folder = Path(os.environ["RUN"])
-if "import" in sys.argv:
-    sys.exit({import_seconds} and time.sleep({import_seconds}))
-assert os.environ["NEMO_EAFT_STOP_CLEARED"] == "1"
-assert not (folder / "stopped.json").exists()
-(folder / "training").touch()
-deadline = time.monotonic() + 30
-while not (folder / "stop").exists() and time.monotonic() < deadline:
-    time.sleep(0.02)
-assert "batch shell of job 123456" in (folder / "stop").read_text()
-time.sleep(1.0)  # the save; the shell must wait for it
-(folder / "stop").unlink()
-if {code} == 0:
-    (folder / "stopped.json").write_text("{{}}")
-sys.exit({code})
-"""
 
 
 @pytest.mark.parametrize("code, requeued", [(0, True), (9, False)])
@@ -196,7 +208,7 @@ def test_sbatch_asks_to_stop_when_slurm_warns_it_and_requeues(
     finally:
         shell.kill()
         shell.wait()
-    calls = [json.loads(line)["words"] for line in Path(cluster["RECORD"]).read_text().splitlines()]
+    calls = [record["words"] for record in records(cluster)]
     assert [words for words in calls if words[0] != "show"] == ([["requeue", "123456"]] if requeued else [])
     assert "it asked for a stop before this job was started" in log.read_text()
 
@@ -212,7 +224,7 @@ def test_sbatch_told_during_the_import_trains_nothing(cluster: dict[str, str], t
         shell.kill()
         shell.wait()
     assert not (Path(cluster["RUN"]) / "training").exists()
-    calls = [json.loads(line)["words"] for line in Path(cluster["RECORD"]).read_text().splitlines()]
+    calls = [record["words"] for record in records(cluster)]
     assert calls[-1] == ["requeue", "123456"]
 
 
