@@ -35,8 +35,10 @@ QWEN25 = (
 )
 
 # Reasoning is shown in the answers after the last question only, where its block is always written, empty or
-# not.
-QWEN3 = (
+# not. Calls follow the text of their turn.
+_QWEN3_TURNS = (
+    "{% if tools %}{{ '<|im_start|>system\n# Tools\n' }}{% for t in tools %}{{ t | tojson + '\n' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
     "{% set ns = namespace(last=-1) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "{% for m in messages %}{% if m.role == 'assistant' %}"
@@ -45,12 +47,21 @@ QWEN3 = (
     "{{ '<|im_start|>assistant\n' }}"
     "{% if loop.index0 > ns.last and (loop.last or thought) %}"
     "{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
-    "{{ text + '<|im_end|>\n' }}{% else %}" + _TURN + "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{{ text }}"
+    "{% for c in m.tool_calls or [] %}{% if text or not loop.first %}{{ '\n' }}{% endif %}"
+    "{% set f = c.function or c %}"
+    "{{ '<tool_call>\n{\"name\": \"' + f.name + '\", \"arguments\": ' + (f.arguments | tojson) + '}\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% else %}" + _TURN + "{% endif %}{% endfor %}"
+)
+QWEN3 = (
+    _QWEN3_TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and enable_thinking is false %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{% endif %}"
 )
+# Always thinks.
+QWEN3_THINKING = _QWEN3_TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 
 # No generation prompt, a space around the answer, and content that is trimmed.
 LLAMA2 = (
