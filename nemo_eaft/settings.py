@@ -117,6 +117,9 @@ class ParallelSettings:
     """Ranks that share each layer's matrices and the vocabulary."""
     pipeline: int = 1
     """Stages, each holding a run of layers."""
+    last_stage_layers: int | None = None
+    """Layers of the last stage, which also has output layer and loss; the others share the rest. null: as many as the
+    others. For models whose layers no number of stages divides."""
     virtual_pipeline: int | None = None
     """Model chunks per stage (interleaved schedule); null: not interleaved."""
     context: int = 1
@@ -130,6 +133,12 @@ class ParallelSettings:
         for key in ("tensor", "pipeline", "context", "expert"):
             _at_least(f"parallel.{key}", getattr(self, key), 1)
         _at_least("parallel.virtual_pipeline", self.virtual_pipeline, 2)
+        _at_least("parallel.last_stage_layers", self.last_stage_layers, 1)
+        if self.last_stage_layers is not None and (self.pipeline == 1 or self.virtual_pipeline is not None):
+            raise ValueError(
+                f"parallel.last_stage_layers={self.last_stage_layers} needs parallel.pipeline of 2 or more and no "
+                f"parallel.virtual_pipeline, got {self.pipeline} and {self.virtual_pipeline}"
+            )
         if self.virtual_pipeline is not None and self.pipeline == 1:
             raise ValueError(
                 f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of 2 or more, got 1"

@@ -124,6 +124,34 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def domain_rows(domain: str, count: int) -> list[dict[str, Any]]:
+    """Rows of our own in the columns of the data set that ``conf/data/<domain>.yaml`` names."""
+    if domain == "math":
+        pairs = [(f"{n} + {n}?", f"It is {2 * n}.") for n in range(1, count + 1)]
+        return [{"source": "s", "problem": q, "solution": a, "messages": chat(q, a)} for q, a in pairs]
+    if domain == "medical":
+        return [
+            {"Question": f"Dose {n}?", "Complex_CoT": f"Weigh {n}.", "Response": f"{5 * n} mg."}
+            for n in range(1, count + 1)
+        ]
+    assert domain == "agent"
+    return [
+        {
+            "conversations": [
+                {"from": "human", "value": f"Area of {n} by 5?"},
+                {"from": "function_call", "value": json.dumps({"name": "area", "arguments": {"base": n, "height": 5}})},
+                {"from": "observation", "value": json.dumps({"area": 2.5 * n})},
+                {"from": "gpt", "value": f"It is {2.5 * n}."},
+            ],
+            "tools": json.dumps([AREA]),
+        }
+        for n in range(1, count + 1)
+    ]
+
+
+AREA = {"name": "area", "description": "Of a triangle.", "parameters": {"type": "object", "properties": {}}}
+
+
 def make_settings(folder: Path, train: Path | str, validation: Path | str | None = None, **groups: Any) -> Settings:
     """Settings of a small run in ``folder``; ``groups`` are further values, by group."""
     mapping: dict[str, dict[str, Any]] = {

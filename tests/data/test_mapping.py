@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
-from nemo_eaft.compose import from_mapping
+from nemo_eaft.compose import compose, from_mapping
 from nemo_eaft.data import RowError, prepare
-from nemo_eaft.data.mapping import kind_of, to_chat
+from nemo_eaft.data.mapping import kind_of, needed_columns, to_chat
 from nemo_eaft.settings_data import DataSettings
 from tests.data import support
-from tests.data.support import make_settings, make_tokenizer, write_jsonl
+from tests.data.support import AREA, domain_rows, make_settings, make_tokenizer, write_jsonl
 
-AREA = {"name": "area", "description": "Of a triangle.", "parameters": {"type": "object", "properties": {}}}
 WRAPPED = {"type": "function", "function": AREA}
 CALL = {"name": "area", "arguments": {"base": 10, "height": 5}}
 CALLED = [{"type": "function", "function": CALL}]
@@ -183,44 +182,37 @@ def test_wrong_settings() -> None:
     from_mapping(groups | {"data": {"train": "t.jsonl", "mapping": "messages", "system": "One.\nTwo."}})
 
 
-# The columns of three public data sets, one for each domain; two rows of our own in each.
-SETS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[str]]] = {
-    "math": (
-        [
-            {
-                "source": "s",
-                "problem": f"{n} + {n}?",
-                "solution": f"It is {2 * n}.",
-                "messages": user_and_assistant(f"{n} + {n}?", f"It is {2 * n}."),
-            }
-            for n in (1, 2)
-        ],
-        {"mapping": "messages"},
-        ["It is 2.<|im_end|>"],
-    ),
+# How conf/data/ reads the three domains, and the first answers of `domain_rows`.
+DOMAINS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "math": ({"mapping": "messages"}, ["It is 2.<|im_end|>"]),
     "medical": (
-        [{"Question": f"Dose {n}?", "Complex_CoT": "Weigh it.", "Response": "5 mg."} for n in (1, 2)],
         {
             "mapping": "prompt_response",
             "prompt_column": "Question",
             "response_column": "Response",
             "reasoning_column": "Complex_CoT",
         },
-        ["<think>\nWeigh it.\n</think>\n\n5 mg.<|im_end|>"],
+        ["<think>\nWeigh 1.\n</think>\n\n5 mg.<|im_end|>"],
     ),
     "agent": (
-        [{"conversations": SHAREGPT, "tools": json.dumps([AREA])} for _ in (1, 2)],
         {"mapping": "conversations"},
         [
-            '<tool_call>\n{"name": "area", "arguments": {"base": 10, "height": 5}}\n</tool_call><|im_end|>',
-            "It is 25.<|im_end|>",
+            '<tool_call>\n{"name": "area", "arguments": {"base": 1, "height": 5}}\n</tool_call><|im_end|>',
+            "It is 2.5.<|im_end|>",
         ],
     ),
 }
 
 
+def test_these_are_the_mappings_of_conf() -> None:
+    for domain, (mapping, _) in DOMAINS.items():
+        shipped = compose("qwen3-8b", [f"data={domain}"]).data
+        assert {name: getattr(shipped, name) for name in mapping} == mapping
+        assert needed_columns(shipped).values() <= domain_rows(domain, 1)[0].keys()
+
+
 @pytest.mark.parametrize("place", ["jsonl", "save_to_disk", "parquet"])
-@pytest.mark.parametrize("domain", SETS)
+@pytest.mark.parametrize("domain", DOMAINS)
 def test_every_domain_from_every_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, domain: str, place: str
 ) -> None:
@@ -228,7 +220,7 @@ def test_every_domain_from_every_place(
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows, mapping, expected = SETS[domain]
+    rows, (mapping, expected) = domain_rows(domain, 2), DOMAINS[domain]
     path = tmp_path / "rows"
     if place == "jsonl":
         path = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -249,8 +241,7 @@ def test_every_domain_from_every_place(
 
 
 def test_columns_that_are_not_there_stop_before_a_row_is_read(tmp_path: Path) -> None:
-    rows = SETS["medical"][0]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    path = write_jsonl(tmp_path / "rows.jsonl", domain_rows("medical", 2))
     settings = make_settings(tmp_path, path, data={"mapping": "prompt_response", "on_bad_row": "skip"})
     with pytest.raises(ValueError) as error:
         prepare(settings, make_tokenizer())
@@ -260,10 +251,10 @@ def test_columns_that_are_not_there_stop_before_a_row_is_read(tmp_path: Path) ->
 
 
 def test_another_mapping_is_another_preparation(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "rows.jsonl", SETS["medical"][0])
+    path, mapping = write_jsonl(tmp_path / "rows.jsonl", domain_rows("medical", 2)), DOMAINS["medical"][0]
     tokenizer = make_tokenizer()
-    first = prepare(make_settings(tmp_path, path, data=SETS["medical"][1]), tokenizer)
-    bare = {key: value for key, value in SETS["medical"][1].items() if key != "reasoning_column"}
+    first = prepare(make_settings(tmp_path, path, data=mapping), tokenizer)
+    bare = {key: value for key, value in mapping.items() if key != "reasoning_column"}
     second = prepare(make_settings(tmp_path, path, data=bare), tokenizer)
     assert second.train_answer_tokens < first.train_answer_tokens
     prepare(make_settings(tmp_path, path, data=bare | {"system": "Be brief."}), tokenizer)
