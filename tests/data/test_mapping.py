@@ -208,7 +208,7 @@ def test_these_are_the_mappings_of_conf() -> None:
     for domain, (mapping, _) in DOMAINS.items():
         shipped = compose("qwen3-8b", [f"data={domain}"]).data
         assert {name: getattr(shipped, name) for name in mapping} == mapping
-        assert needed_columns(shipped).values() <= domain_rows(domain, 1)[0].keys()
+        assert set(needed_columns(shipped).values()) <= domain_rows(domain, 1)[0].keys()
 
 
 @pytest.mark.parametrize("place", ["jsonl", "save_to_disk", "parquet"])
