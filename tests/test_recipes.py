@@ -3,6 +3,9 @@ and plain fine-tuning, the same settings in all three domains. tests/nemo/test_r
 
 from __future__ import annotations
 
+import re
+import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -131,3 +134,15 @@ def test_a_layout_can_be_changed_on_the_command_line() -> None:
     changed: dict[str, Any] = {"parallel.pipeline": 4, "trainer.num_nodes": 4, "trainer.global_batch_size": 64}
     settings = compose("qwen3-32b", [f"{key}={value}" for key, value in changed.items()])
     assert (settings.world_size, settings.data_parallel) == (32, 1)
+
+
+def test_the_commands_of_the_pages_are_complete() -> None:
+    """And no setting in them is without effect."""
+    pages = sorted((Path(__file__).resolve().parents[1] / "docs").glob("*.md"))
+    found = [line for page in pages for line in re.findall(r"^nemo-eaft train (.+)$", page.read_text(), re.MULTILINE)]
+    assert len(found) >= 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for line in found:
+            conf, *overrides = line.split()
+            assert compose(conf, overrides).run.dir == overrides[-1].removeprefix("run.dir=")

@@ -1,19 +1,20 @@
-"""The complete runs of ``conf/`` in small: a random model of four layers, two ranks or four, rows of our own in the columns
-of the data set. What the run is made of stays: the mapping, the features of its layout, recompute, optimizer."""
+"""The complete runs of ``conf/`` in small: a random model of four layers, two ranks or four, rows of our own in the
+columns of the data set. What a run is made of stays: the mapping, the features of its layout, recompute, optimizer."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_eaft.checkpoints import checkpoints_in
 from nemo_eaft.compose import compose
 from nemo_eaft.data import prepare
 from nemo_eaft.settings import Settings
 from tests.data import support
 from tests.nemo import jobs, models
-from tests.nemo.conftest import Run, Workshop
+from tests.nemo.conftest import Run
 from tests.nemo.ranks import run_ranks
 
 ROWS = 24
@@ -41,9 +42,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
 class Recipes:
     """Makes the models, rows and runs, each once."""
 
-    workshop: Workshop
     folder: Path
-    runs: dict[Any, Run]
+    runs: dict[Any, Run] = field(default_factory=dict)
 
     def rows(self, domain: str) -> Path:
         """A folder of Parquet as a data set of the hub is one, with the configuration that the recipe names."""
@@ -121,3 +121,12 @@ class Recipes:
             ranks = run_ranks(jobs.train, settings.world_size, jobs.Plan(settings, checkpoint, save=True))
             self.runs[key] = Run(settings, ranks)
         return self.runs[key]
+
+    def export(self, name: str) -> Path:
+        """What the recipe trained, as a Hugging Face folder."""
+        run = self.train(name)
+        output = run.dir.with_name(f"{run.dir.name}-exported")
+        if not output.exists():
+            (checkpoint,) = checkpoints_in(run.dir)
+            run_ranks(jobs.to_hf, 1, checkpoint, output, checkpoint / "context" / "hf")
+        return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -15,11 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_eaft.checkpoints import checkpoints_in
 from tests.data import support
-from tests.nemo import jobs, models
-from tests.nemo.conftest import Workshop
-from tests.nemo.ranks import run_ranks
+from tests.nemo.recipes import Recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
@@ -29,32 +27,6 @@ def commands() -> list[list[str]]:
     """Every lm_eval command of the page."""
     blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
     return [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith("lm_eval ")]
-
-
-@pytest.fixture(scope="module")
-def exported(workshop: Workshop) -> Path:
-    """A tiny Qwen3 with a chat template, trained on two tensor-parallel ranks and exported."""
-    from transformers import AutoTokenizer
-
-    from nemo_eaft.data import prepare
-
-    source, rows = workshop.root / "hf-chat", workshop.root / "chat"
-    models.save_model("qwen3", source, vocab_size=512)
-    support.make_tokenizer(support.QWEN3).save_pretrained(source)
-    rows.mkdir()
-    for name in ("training", "validation"):
-        support.write_jsonl(rows / f"{name}.jsonl", support.domain_rows("math", 16))
-    trainer = {"gpus_per_node": 2, "max_steps": 2, "save_every": 2, "seq_length": 128}
-    settings = models.run_settings(
-        source, rows, workshop.root / "runs" / "chat", parallel={"tensor": 2}, trainer=trainer
-    )
-    prepare(settings, AutoTokenizer.from_pretrained(source))
-    checkpoint, output = workshop.root / "nemo-chat", workshop.root / "exported-chat"
-    run_ranks(jobs.to_nemo, 1, source, checkpoint)
-    run_ranks(jobs.train, 2, jobs.Plan(settings, checkpoint, save=True))
-    (saved,) = checkpoints_in(Path(settings.run.dir))
-    run_ranks(jobs.to_hf, 1, saved, output, saved / "context" / "hf")
-    return output
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -83,7 +55,9 @@ class Judge:
         return str(self.tokenizer.decode(written, skip_special_tokens=True)).split("\n")[0]
 
 
-def test_local_tasks_give_the_scores_of_the_model(exported: Path, tmp_path: Path) -> None:
+def test_local_tasks_give_the_scores_of_the_model(made: Recipes, tmp_path: Path) -> None:
+    """Of a run at TP2 x PP2, exported."""
+    exported = made.export("qwen3-32b")
     shutil.copytree(ROOT / "examples" / "evaluate", tmp_path / "examples" / "evaluate")
     files = tmp_path / "examples" / "evaluate"
     judge = Judge(exported)
@@ -130,6 +104,4 @@ def test_the_benchmarks_of_the_page_exist() -> None:
         assert "--include_path" in words or (set(tasks) == {"mmlu", "ifeval", "gsm8k"} and set(tasks) <= known)
     # An example must not be taken for one of theirs.
     assert not known & {"choice", "answer"}
-    import inspect
-
     assert {"dtype", "parallelize", "think_end_token"} <= set(inspect.signature(HFLM.__init__).parameters)

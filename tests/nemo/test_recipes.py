@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,6 @@ from tests.nemo import jobs, recipes
 from tests.nemo.conftest import Run, Workshop, assemble
 from tests.nemo.ranks import run_ranks
 from tests.nemo.recipes import Recipes
-
-
-@pytest.fixture(scope="module")
-def made(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recipes]:
-    import datasets
-
-    folder = tmp_path_factory.mktemp("recipes")
-    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
-    yield Recipes(workshop, folder, {})
-    datasets.config.HF_DATASETS_CACHE = before
 
 
 def of_family(name: str) -> bool:
@@ -74,12 +63,12 @@ def test_layouts_of_one_family_train_alike(made: Recipes, names: list[str]) -> N
 
 
 @pytest.mark.parametrize("name", ["qwen3-32b", "qwen3-30b-a3b"])
-def test_what_a_split_run_saved_is_exported(made: Recipes, tmp_path: Path, name: str) -> None:
+def test_what_a_split_run_saved_is_exported(made: Recipes, name: str) -> None:
     """TP2 x PP2 with recompute, and experts on two ranks with their optimizer state split."""
     run = made.train(name)
     parallel = run.settings.parallel
     assert (parallel.tensor, parallel.pipeline, parallel.expert) == ((2, 2, 1) if name == "qwen3-32b" else (1, 1, 2))
-    exported_equals_trained(run, tmp_path / "hf")
+    exported_equals_trained(run, made.export(name))
 
 
 def test_an_uneven_pipeline(workshop: Workshop, tmp_path: Path) -> None:
@@ -93,6 +82,8 @@ def test_an_uneven_pipeline(workshop: Workshop, tmp_path: Path) -> None:
     single = workshop.train("tp1-two-steps", trainer={"max_steps": 2})
     assert run.losses[0] == pytest.approx(single.losses[0], abs=1e-5)
     assert run.losses[1] == pytest.approx(single.losses[1], abs=1e-4)
+    (checkpoint,) = checkpoints_in(run.dir)
+    run_ranks(jobs.to_hf, 1, checkpoint, tmp_path / "hf", checkpoint / "context" / "hf")
     exported_equals_trained(run, tmp_path / "hf")
 
 
@@ -101,7 +92,6 @@ def exported_equals_trained(run: Run, output: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     (checkpoint,) = checkpoints_in(run.dir)
-    run_ranks(jobs.to_hf, 1, checkpoint, output, checkpoint / "context" / "hf")
     tokens = torch.randint(0, 250, (2, 40), generator=torch.Generator().manual_seed(5))
     (expected,) = run_ranks(jobs.nemo_logits, 1, checkpoint, tokens)
     logits = [logits_of(AutoModelForCausalLM, folder, tokens) for folder in (output, Path(run.settings.model.hf))]
