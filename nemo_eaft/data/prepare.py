@@ -79,6 +79,7 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
     found = _already(root, identity)
     if found is not None:
         return found
+    _warn_of_sources(sources, identity["sources"])
     kinds = {part: _kind(settings.data, source) for part, source in sources.items()}
     kind = kinds["train"]
     if kinds.get("validation", kind) != kind:
@@ -144,6 +145,14 @@ def source_changes(settings: Settings, tokenizer: Any) -> list[str]:
         if content[0] != content[1]:
             lines.append(f"data.{part}: {_describe(before)} -> {_describe(now)}")
     return lines
+
+
+def _warn_of_sources(sources: dict[str, Source], identities: dict[str, Any]) -> None:
+    for source in sources.values():
+        for setting in source.ignored():
+            _log.warning("%s has no effect: %s=%s is a file, which is read whole", setting, source.key, source.name)
+    if identities["train"] == identities.get("validation"):
+        _log.warning("data.validation is data.train: what is measured there was trained on")
 
 
 def _describe(source: dict[str, Any] | None) -> str:

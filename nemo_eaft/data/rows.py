@@ -74,6 +74,13 @@ class Source:
         elif path.is_absolute() and not path.exists():
             raise ValueError(f"{self.key}={self.name}: no such file or folder")
 
+    def ignored(self) -> list[str]:
+        """Settings without effect: a file is read whole and has no configurations."""
+        if not self.is_file:
+            return []
+        part = [f"{self.key}_split={self.split}"] if "[" in self.split else []
+        return part + ([f"data.subset={self.subset}"] if self.subset is not None else [])
+
     def identity(self) -> dict[str, Any]:
         """What must be unchanged for rows read earlier to be those of now."""
         if self.is_file:

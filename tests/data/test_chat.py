@@ -125,6 +125,18 @@ def test_a_template_that_always_thinks() -> None:
     assert answers(tokenizer, tokens) == [CALL, "\n</think>\n\nIt is 25.<|im_end|>"]
 
 
+def test_a_turn_that_ends_where_the_next_role_begins() -> None:
+    """As in GLM-4: the model stops by producing the token of the role that speaks next."""
+    template = (
+        "{% for m in messages %}{{ ('<s>' if m.role == 'user' else '</s>') + '\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '</s>' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(template, eos="<|endoftext|>")
+    messages = chat("Two?", "Four.", "Three?", "Six.")
+    tokens = tokenize_chat(tokenizer, {"messages": messages})
+    assert answers(tokenizer, tokens) == ["\nFour.<s>", "\nSix.<|endoftext|>"]
+
+
 def test_template_without_generation_prompt_that_trims() -> None:
     tokenizer = make_tokenizer(support.LLAMA2, eos="</s>")
     messages = chat(" Two plus two? ", "  Four.  ", "Three?", "Six.")
