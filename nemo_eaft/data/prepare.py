@@ -147,14 +147,6 @@ def source_changes(settings: Settings, tokenizer: Any) -> list[str]:
     return lines
 
 
-def _warn_of_sources(sources: dict[str, Source], identities: dict[str, Any]) -> None:
-    for source in sources.values():
-        for setting in source.ignored():
-            _log.warning("%s has no effect: %s=%s is a file, which is read whole", setting, source.key, source.name)
-    if identities["train"] == identities.get("validation"):
-        _log.warning("data.validation is data.train: what is measured there was trained on")
-
-
 def _describe(source: dict[str, Any] | None) -> str:
     return "none" if source is None else " ".join(f"{key} {value}" for key, value in source.items())
 
@@ -165,6 +157,14 @@ def _sources(settings: Settings) -> dict[str, Source]:
     if data.validation is not None:
         sources["validation"] = Source("data.validation", data.validation, data.validation_split, data.subset)
     return sources
+
+
+def _warn_of_sources(sources: dict[str, Source], identities: dict[str, Any]) -> None:
+    for source in sources.values():
+        for setting in source.ignored():
+            _log.warning("%s has no effect: %s=%s is a file, which is read whole", setting, source.key, source.name)
+    if identities["train"] == identities.get("validation"):
+        _log.warning("data.validation is data.train: what is measured there was trained on")
 
 
 def read_prepared(root: Path) -> PreparedData:
