@@ -53,7 +53,7 @@ $(INSTALLED): constraints.txt pyproject.toml | $(BIN)/python
 	@$(PIP) setuptools
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps torch
 	@echo "2/3 NeMo, Megatron-Core and their dependencies; this takes several minutes"
-	@$(PIP) --no-build-isolation -e '.[nemo,demo,dev]'
+	@$(PIP) --no-build-isolation -e '.[nemo,demo,dev,eval]'
 	@echo "3/3 checking that the set is consistent"
 	@$(BIN)/python -m pip check --disable-pip-version-check | { ! grep -vE '^($(FILES_ONLY)) |^No broken'; }
 	@touch $@

@@ -104,13 +104,7 @@ def check_layout(settings: Settings, hf_config: Any) -> None:
             f"parallel.tensor={parallel.tensor} must divide the {vocab_size} rows of the vocabulary of "
             f"{settings.model.hf} (vocab_size): a converted model is not padded"
         )
-    layers = hf_config.num_hidden_layers
-    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    if layers % chunks:
-        shown = f"parallel.pipeline={parallel.pipeline}"
-        if parallel.virtual_pipeline:
-            shown += f" x parallel.virtual_pipeline={parallel.virtual_pipeline}"
-        raise ValueError(f"{shown} must divide the {layers} layers of {settings.model.hf}")
+    _check_layers(settings, hf_config.num_hidden_layers)
     experts = next(
         (value for key in ("num_local_experts", "num_experts") if (value := getattr(hf_config, key, None))),
         None,
@@ -125,3 +119,25 @@ def check_layout(settings: Settings, hf_config: Any) -> None:
             f"{settings.model.hf} was made for",
             stacklevel=2,
         )
+
+
+def _check_layers(settings: Settings, layers: int) -> None:
+    """Whether the stages can share the layers."""
+    parallel, name = settings.parallel, settings.model.hf
+    last = parallel.last_stage_layers
+    if last is not None:
+        others = parallel.pipeline - 1
+        if last >= layers or (layers - last) % others:
+            allowed = [n for n in range(1, layers) if (layers - n) % others == 0]
+            raise ValueError(
+                f"parallel.last_stage_layers={last} leaves {layers - last} of the {layers} layers of {name} to "
+                f"{others} stages, which must divide them: allowed are {', '.join(map(str, allowed)) or 'none'}"
+            )
+        return
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if layers % chunks:
+        shown = f"parallel.pipeline={parallel.pipeline}"
+        if parallel.virtual_pipeline:
+            shown += f" x parallel.virtual_pipeline={parallel.virtual_pipeline}"
+        hint = "" if parallel.virtual_pipeline else ", or parallel.last_stage_layers says how many the last stage has"
+        raise ValueError(f"{shown} must divide the {layers} layers of {name}{hint}")

@@ -55,6 +55,7 @@ LAYOUT = (
     "loss.fused_linear",
     "parallel.tensor",
     "parallel.pipeline",
+    "parallel.last_stage_layers",
     "parallel.virtual_pipeline",
     "parallel.context",
     "parallel.expert",

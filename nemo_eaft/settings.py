@@ -1,9 +1,9 @@
 """What a run is: every setting with its type, unit, default and allowed range.
 
 ``conf/`` holds values, :mod:`nemo_eaft.compose` turns files and command-line overrides into one :class:`Settings`, and
-this file decides what is allowed, with :mod:`nemo_eaft.settings_checks` for what settings ask of each other and
-:class:`nemo_eaft.config.EAFTConfig` for the loss. Nothing heavy is imported, so a wrong setting is found in a fraction
-of a second.
+this file decides what is allowed, with :mod:`nemo_eaft.settings_data` for the rows,
+:mod:`nemo_eaft.settings_checks` for what settings ask of each other and :class:`nemo_eaft.config.EAFTConfig` for the
+loss. Nothing heavy is imported, so a wrong setting is found in a fraction of a second.
 
 Every error is a ``ValueError`` that names the full key (``parallel.tensor``), the value and what is allowed.
 """
@@ -17,7 +17,11 @@ from typing import Any, Literal
 
 from nemo_eaft import config
 from nemo_eaft.config import EAFTConfig
+from nemo_eaft.settings_checks import at_least as _at_least
 from nemo_eaft.settings_checks import check_together
+from nemo_eaft.settings_checks import finite as _finite
+from nemo_eaft.settings_checks import warn as _warn
+from nemo_eaft.settings_data import DataSettings
 
 Gate = Literal[config.Gate, "stock"]
 
@@ -41,51 +45,6 @@ class ModelSettings:
             value = getattr(self, key)
             if value is not None and not value.strip():
                 raise ValueError(f"model.{key} is empty: give a Hugging Face name or a folder")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """What it is trained on. Rows are ``input``/``output`` pairs or chat ``messages``."""
-
-    train: str
-    """A ``.jsonl`` file, a folder of the ``datasets`` library, or the name of a data set."""
-    validation: str | None = None
-    """As ``data.train``; null trains without validation."""
-    train_split: str = "train"
-    """Split read where ``data.train`` is not a file."""
-    validation_split: str = "validation"
-    """Split read where ``data.validation`` is not a file."""
-    validation_rows: int | None = None
-    """Validate on the first so many rows only; null: all of them."""
-    prompt_template: str = "{input} {output}"
-    """How an ``input``/``output`` row becomes text. Must hold both names and end with ``{output}``. Chat rows
-    use the chat template of the tokenizer instead."""
-    packed: bool = False
-    """Pack several rows into one sequence (NeMo's packing); needs ``trainer.micro_batch_size=1``."""
-    packed_size: int | None = None
-    """Tokens in a packed sequence. null: ``trainer.seq_length``."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be used (broken JSON, no answer, too long) stops the run, or is counted, reported and
-    left out."""
-    num_workers: int = 2
-    """Processes per rank that prepare batches; 0: none, the rank does it."""
-
-    def __post_init__(self) -> None:
-        for key in ("train", "validation", "train_split", "validation_split"):
-            value = getattr(self, key)
-            if value is not None and not value.strip():
-                raise ValueError(f"data.{key} is empty")
-        _at_least("data.validation_rows", self.validation_rows, 1)
-        _at_least("data.packed_size", self.packed_size, 2)
-        _at_least("data.num_workers", self.num_workers, 0)
-        template = self.prompt_template
-        if template.count("{input}") != 1 or template.count("{output}") != 1 or not template.endswith("{output}"):
-            raise ValueError(
-                f"data.prompt_template={template!r} must hold {{input}} and {{output}} once each and end "
-                f"with {{output}}"
-            )
-        if self.packed_size is not None and not self.packed:
-            _warn("data.packed_size has no effect while data.packed=false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +117,9 @@ class ParallelSettings:
     """Ranks that share each layer's matrices and the vocabulary."""
     pipeline: int = 1
     """Stages, each holding a run of layers."""
+    last_stage_layers: int | None = None
+    """Layers of the last stage, which also has output layer and loss; the others share the rest. null: as many as the
+    others. For models whose layers no number of stages divides."""
     virtual_pipeline: int | None = None
     """Model chunks per stage (interleaved schedule); null: not interleaved."""
     context: int = 1
@@ -171,6 +133,12 @@ class ParallelSettings:
         for key in ("tensor", "pipeline", "context", "expert"):
             _at_least(f"parallel.{key}", getattr(self, key), 1)
         _at_least("parallel.virtual_pipeline", self.virtual_pipeline, 2)
+        _at_least("parallel.last_stage_layers", self.last_stage_layers, 1)
+        if self.last_stage_layers is not None and (self.pipeline == 1 or self.virtual_pipeline is not None):
+            raise ValueError(
+                f"parallel.last_stage_layers={self.last_stage_layers} needs parallel.pipeline of 2 or more and no "
+                f"parallel.virtual_pipeline, got {self.pipeline} and {self.virtual_pipeline}"
+            )
         if self.virtual_pipeline is not None and self.pipeline == 1:
             raise ValueError(
                 f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of 2 or more, got 1"
@@ -357,19 +325,3 @@ _GROUPS: dict[str, Any] = {
     "trainer": TrainerSettings,
     "run": RunSettings,
 }
-
-
-def _warn(message: str) -> None:
-    # At this line, and not in a caller: above a dataclass stands code that was generated and has no file, and the
-    # command line shows a warning of this package in one line.
-    warnings.warn(message, stacklevel=1)
-
-
-def _at_least(key: str, value: int | None, least: int, more: str = "") -> None:
-    if value is not None and value < least:
-        raise ValueError(f"{key}={value} must be {least} or more{more}")
-
-
-def _finite(key: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{key}={value} must be a finite number of at least {least}")

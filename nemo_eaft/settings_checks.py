@@ -1,13 +1,32 @@
-"""What the settings of a run ask of each other."""
+"""What the settings of a run ask of each other, and the checks that its groups share."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemo_eaft.settings import Settings
+
+
+def warn(message: str) -> None:
+    """Warn at this line, and not in a caller: above a dataclass stands code that was generated and has no file, and the
+    command line shows a warning of this package in one line."""
+    warnings.warn(message, stacklevel=1)
+
+
+def at_least(key: str, value: int | None, least: int, more: str = "") -> None:
+    """Refuse a number below ``least``; None passes."""
+    if value is not None and value < least:
+        raise ValueError(f"{key}={value} must be {least} or more{more}")
+
+
+def finite(key: str, value: float, least: float) -> None:
+    """Refuse a number that is not finite or below ``least``."""
+    if not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{key}={value} must be a finite number of at least {least}")
 
 
 def check_together(settings: Settings) -> None:
@@ -77,8 +96,9 @@ def _check_texts(settings: Settings) -> None:
         values = getattr(settings, group.name)
         for entry in fields(values):
             value = getattr(values, entry.name)
-            # A template is text, with line breaks of its own.
-            if isinstance(value, str) and entry.name != "prompt_template" and not value.isprintable():
+            # A template and a system message are text, with line breaks of their own.
+            free = entry.name in ("prompt_template", "system")
+            if isinstance(value, str) and not free and not value.isprintable():
                 raise ValueError(f"{group.name}.{entry.name}={value!r} holds a character that cannot be printed")
     name = settings.run.name
     if name is not None and (set(name) & set("/\\") or name in (".", "..")):

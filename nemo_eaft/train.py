@@ -212,6 +212,7 @@ def build_strategy(settings: Settings) -> Any:
     return nl.MegatronStrategy(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,

@@ -14,8 +14,8 @@ from nemo_eaft import compose as module
 from nemo_eaft.compose import CONF_DIR, compose, difference, from_mapping, load, save, shipped, to_mapping
 from nemo_eaft.settings import known_keys
 
-# What a shipped file leaves for the user to say.
-NEEDED = {"demo": [], "qwen2.5-0.5b": ["data.train=t.jsonl"], "qwen3-0.6b": ["data.train=t.jsonl"]}
+# What a shipped file leaves for the user to say; the others say everything.
+NEEDED = {"qwen2.5-0.5b": ["data.train=t.jsonl"], "qwen3-0.6b": ["data.train=t.jsonl"]}
 
 
 def error_of(conf: str, *overrides: str) -> str:
@@ -26,21 +26,21 @@ def error_of(conf: str, *overrides: str) -> str:
 
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_run_is_whole(name: str) -> None:
-    settings = compose(name, NEEDED[name])
-    assert compose(str(CONF_DIR / f"{name}.yaml"), NEEDED[name]) == settings
+    settings = compose(name, NEEDED.get(name, []))
+    assert compose(str(CONF_DIR / f"{name}.yaml"), NEEDED.get(name, [])) == settings
     assert settings.run.dir == f"runs/{name}"
 
 
 @pytest.mark.parametrize("path", sorted(CONF_DIR.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_shipped_group_file_fits_some_run(path: Path) -> None:
-    base = ["data.train=t.jsonl", "data.validation=null", "model.hf=m"]
     group, name = path.parent.name, path.stem
-    if (group, name) == ("trainer", "demo"):
-        base.append("parallel=tensor3")
-    if (group, name) == ("parallel", "tensor3"):
-        base.append("trainer=demo")
-    settings = to_mapping(compose("qwen3-0.6b", [f"{group}={name}", *base]))
+    defaults = {run: yaml.safe_load((CONF_DIR / f"{run}.yaml").read_text())["defaults"] for run in shipped()}
+    # A layout and its number of GPUs go together.
+    run = next((run for run, files in defaults.items() if {group: name} in files), "qwen3-8b")
+    settings = to_mapping(compose(run, [f"{group}={name}", *NEEDED.get(run, [])]))
     for key, value in (yaml.safe_load(path.read_text()) or {}).items():
+        if key == "defaults":
+            continue
         assert key in settings[group]
         if f"{group}.{key}" not in ("data.train", "data.validation", "model.hf"):
             assert settings[group][key] == value
@@ -161,7 +161,7 @@ def test_missing_values_are_named() -> None:
 @pytest.mark.parametrize(
     "conf, named",
     [
-        ("dmeo", "did you mean demo?; there are demo, qwen2.5-0.5b, qwen3-0.6b"),
+        ("dmeo", "did you mean demo?; there are demo, glm-4-32b-0414, glm-4-9b-0414, qwen2.5-0.5b"),
         ("/nowhere/x.yaml", "no such file"),
         ("./x.yml", "must end with .yaml"),
         ("../demo", "must end with .yaml"),

@@ -54,6 +54,8 @@ LLAMA = LlamaConfig(
         ({"parallel": {"pipeline": 2}}, 2),
         ({"parallel": {"pipeline": 2, "virtual_pipeline": 3}}, 2),
         ({"parallel": {"tensor": 3, "pipeline": 2, "virtual_pipeline": 5}}, 6),
+        ({"parallel": {"pipeline": 4, "last_stage_layers": 6}}, 4),
+        ({"parallel": {"pipeline": 2, "last_stage_layers": 13}}, 2),
     ],
 )
 def test_layouts_that_fit(groups: dict[str, Any], ranks: int) -> None:
@@ -73,7 +75,18 @@ def test_layouts_that_fit(groups: dict[str, Any], ranks: int) -> None:
             9,
             "parallel.tensor=9 must divide",
         ),
-        ({"parallel": {"pipeline": 4}}, 4, "parallel.pipeline=4 must divide the 30 layers"),
+        (
+            {"parallel": {"pipeline": 4}},
+            4,
+            "parallel.pipeline=4 must divide the 30 layers of org/name, or parallel.last_stage_layers says",
+        ),
+        (
+            {"parallel": {"pipeline": 4, "last_stage_layers": 7}},
+            4,
+            "parallel.last_stage_layers=7 leaves 23 of the 30 layers of org/name to 3 stages, which must divide them: "
+            "allowed are 3, 6, 9, 12, 15, 18, 21, 24, 27",
+        ),
+        ({"parallel": {"pipeline": 2, "last_stage_layers": 30}}, 2, "leaves 0 of the 30 layers"),
         (
             {"parallel": {"pipeline": 2, "virtual_pipeline": 4}},
             2,

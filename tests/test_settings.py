@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nemo_eaft import settings as module
+from nemo_eaft import settings_data
 from nemo_eaft.compose import from_mapping
 from nemo_eaft.config import EAFTConfig
 from nemo_eaft.settings import LossSettings, Settings, known_keys
@@ -39,8 +40,8 @@ def test_every_key_says_what_it_is() -> None:
     import ast
     import inspect
 
-    tree = ast.parse(inspect.getsource(module))
-    for group in [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "Settings"]:
+    body = [node for source in (module, settings_data) for node in ast.parse(inspect.getsource(source)).body]
+    for group in [node for node in body if isinstance(node, ast.ClassDef) and node.name != "Settings"]:
         body = group.body
         for index, node in enumerate(body):
             if isinstance(node, ast.AnnAssign):
@@ -93,6 +94,16 @@ def test_loss_settings_and_config_agree() -> None:
             "parallel",
             {"virtual_pipeline": 2},
             "parallel.virtual_pipeline=2 needs parallel.pipeline of 2 or more",
+        ),
+        (
+            "parallel",
+            {"last_stage_layers": 2},
+            "parallel.last_stage_layers=2 needs parallel.pipeline of 2 or more and no parallel.virtual_pipeline",
+        ),
+        (
+            "parallel",
+            {"pipeline": 2, "virtual_pipeline": 2, "last_stage_layers": 2},
+            "got 2 and 2",
         ),
         ("parallel", {"sequence": True}, "parallel.sequence=true needs parallel.tensor of 2 or more"),
         ("trainer", {"max_steps": 0}, "trainer.max_steps=0 must be 1 or more"),

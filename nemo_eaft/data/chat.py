@@ -22,6 +22,7 @@ from nemo_eaft.data.rows import RowError
 from nemo_eaft.data.tokens import Tokens
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_NO_THOUGHTS = re.compile(r"\A(<think>)?\s*</think>\s*")
 _SENTINEL = "\u2603end-of-answer\u2603"
 
 
@@ -144,6 +145,8 @@ class _Conversation:
         if "enable_thinking" in self.tokenizer.chat_template:
             choices = [{"enable_thinking": False}, {"enable_thinking": True}]
         prompts = [self._render(self.messages[:turn], add_generation_prompt=True, **choice) for choice in choices]
+        # One that always opens a block of thought for the model (Qwen3's -Thinking) leaves it out of earlier turns.
+        prompts += [prompt.removesuffix("<think>\n") for prompt in prompts]
         fitting = [len(prompt) for prompt in prompts if self.text.startswith(prompt)]
         if not fitting:
             raise RowError(
@@ -163,10 +166,14 @@ class _Conversation:
                 before, found, after = self._render(longer).partition(_SENTINEL)
                 if found and before + after == self.text:
                     return len(before), False
-        upto = self._render(self.messages[: turn + 1])
-        if not self.text.startswith(upto):
-            raise RowError(f"message {turn + 1}: cannot tell where the answer ends in the text of the chat template")
-        return len(upto.rstrip()), True
+        # As if it were the last turn. A template may then open it with a block of no thoughts (Qwen3), which it leaves
+        # out where more follows.
+        alone = _Conversation(self.tokenizer, self.messages[: turn + 1], self.tools)
+        answer, start = alone.text[alone._start(turn) :].rstrip(), self._start(turn)
+        for written in (answer, _NO_THOUGHTS.sub("", answer)):
+            if self.text.startswith(written, start):
+                return start + len(written), True
+        raise RowError(f"message {turn + 1}: cannot tell where the answer ends in the text of the chat template")
 
     def marked_mask(self) -> list[int]:
         """The template's own marks, as NeMo reads them."""

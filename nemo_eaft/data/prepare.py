@@ -13,21 +13,22 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from nemo_eaft.atomic import replacing
 from nemo_eaft.data.chat import check_template, tokenize_chat
+from nemo_eaft.data.mapping import Kind, kind_of, needed_columns, to_chat
 from nemo_eaft.data.packing import PACKED_NAMES, metadata_path, pack
 from nemo_eaft.data.rows import Row, RowError, Source
 from nemo_eaft.data.tokens import Tokens, tokenize_pair
 from nemo_eaft.settings import Settings
+from nemo_eaft.settings_data import DataSettings
 
 _log = logging.getLogger(__name__)
-_FORMAT = 2  # raise when what is written changes, so that files of an older version are written anew
+_FORMAT = 3  # raise when what is written changes, so that files of an older version are written anew
 _SHOWN = 10
 _NAMES = {"train": "training.jsonl", "validation": "validation.jsonl"}
 
-Kind = Literal["chat", "pair"]
 _KEYS: dict[Kind, str] = {"chat": "'messages'", "pair": "'input' and 'output'"}
 
 
@@ -78,7 +79,8 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
     found = _already(root, identity)
     if found is not None:
         return found
-    kinds = {part: _kind(source) for part, source in sources.items()}
+    _warn_of_sources(sources, identity["sources"])
+    kinds = {part: _kind(settings.data, source) for part, source in sources.items()}
     kind = kinds["train"]
     if kinds.get("validation", kind) != kind:
         raise ValueError(
@@ -162,10 +164,18 @@ def _describe(source: dict[str, Any] | None) -> str:
 
 def _sources(settings: Settings) -> dict[str, Source]:
     data = settings.data
-    sources = {"train": Source("data.train", data.train, data.train_split)}
+    sources = {"train": Source("data.train", data.train, data.train_split, data.subset)}
     if data.validation is not None:
-        sources["validation"] = Source("data.validation", data.validation, data.validation_split)
+        sources["validation"] = Source("data.validation", data.validation, data.validation_split, data.subset)
     return sources
+
+
+def _warn_of_sources(sources: dict[str, Source], identities: dict[str, Any]) -> None:
+    for source in sources.values():
+        for setting in source.ignored():
+            _log.warning("%s has no effect: %s=%s is a file, which is read whole", setting, source.key, source.name)
+    if identities["train"] == identities.get("validation"):
+        _log.warning("data.validation is data.train: what is measured there was trained on")
 
 
 def read_prepared(root: Path) -> PreparedData:
@@ -224,13 +234,13 @@ def _tokenized(settings: Settings, tokenizer: Any, source: Source, kind: Kind) -
         if row.error is not None:
             yield row, row.error
             continue
-        form = _form(row.values)
+        form = kind_of(settings.data, row.values)
         if form not in (kind, None):
             yield row, f"has {_KEYS[form]}, but the first row has {_KEYS[kind]}: a source is of one form"
             continue
         try:
             if kind == "chat":
-                tokens = tokenize_chat(tokenizer, row.values)
+                tokens = tokenize_chat(tokenizer, to_chat(settings.data, row.values))
             else:
                 tokens = tokenize_pair(tokenizer, settings.data.prompt_template, row.values)
         except RowError as error:
@@ -261,23 +271,20 @@ def _report(settings: Settings, source: Source, counts: dict[str, int], bad: lis
     _log.warning("%s\n  left out because data.on_bad_row=skip", said)
 
 
-def _form(values: dict[str, Any]) -> Kind | None:
-    # A data set gives every row every column, None where it has no value.
-    if values.get("messages") is not None:
-        return "chat"
-    return "pair" if values.get("input") is not None and values.get("output") is not None else None
-
-
-def _kind(source: Source) -> Kind:
-    """The kind of a source, by the first row that can be read."""
+def _kind(data: DataSettings, source: Source) -> Kind:
+    """The kind of a source, by the first row that can be read; columns that are named must be among its own."""
     first_error = None
     for row in source.rows():
         if row.error is None:
-            if (form := _form(row.values)) is not None:
-                return form
+            has = f"{row.where} has the keys {', '.join(row.values) or 'none'}"
+            for setting, column in needed_columns(data).items():
+                if column not in row.values:
+                    raise ValueError(f"{setting}={column}: {source.key}={source.name}: {has}")
+            if (kind := kind_of(data, row.values)) is not None:
+                return kind
             raise ValueError(
-                f"{source.key}={source.name}: {row.where} has the keys {', '.join(row.values) or 'none'}; a "
-                f"row needs 'messages', or 'input' and 'output'"
+                f"{source.key}={source.name}: {has}; a row needs 'messages', or 'input' and 'output', or data.mapping "
+                f"says which of its columns hold what"
             )
         first_error = first_error or f"{row.where}: {row.error}"
     why = f"no row can be read, the first is {first_error}" if first_error else "there are no rows"
@@ -316,12 +323,18 @@ def _identity(settings: Settings, tokenizer: Any, sources: dict[str, Source]) ->
         "tokenizer": digest,
         "seq_length": trainer.seq_length,
         "prompt_template": data.prompt_template,
+        "mapping": _mapping(data),
         "validation_rows": data.validation_rows,
         "packed": [data.packed, data.packed_size, trainer.seed] if data.packed else [],
         # A source with bad rows is refused under one and shortened under the other.
         "on_bad_row": data.on_bad_row,
         "validation": [trainer.global_batch_size, trainer.val_every, trainer.val_batches],
     }
+
+
+def _mapping(data: DataSettings) -> list[Any]:
+    names = ("mapping", "messages_column", "tools_column", "prompt_column", "response_column", "reasoning_column")
+    return [getattr(data, name) for name in (*names, "system_column", "system")]
 
 
 def _already(root: Path, identity: dict[str, Any]) -> PreparedData | None:

@@ -41,12 +41,14 @@ class Source:
     Args:
         key: the setting that named it, for messages: ``data.train``.
         name: a ``.jsonl`` file, a folder, or the name of a data set.
-        split: used where ``name`` is no file.
+        split: used where ``name`` is no file; a part of one is written as in ``datasets``, ``train[100:]``.
+        subset: configuration of a data set that has several.
     """
 
     key: str
     name: str
     split: str
+    subset: str | None = None
 
     @property
     def is_file(self) -> bool:
@@ -71,6 +73,13 @@ class Source:
                 raise ValueError(f"{self.key}={self.name}: the file is empty")
         elif path.is_absolute() and not path.exists():
             raise ValueError(f"{self.key}={self.name}: no such file or folder")
+
+    def ignored(self) -> list[str]:
+        """Settings without effect: a file is read whole and has no configurations."""
+        if not self.is_file:
+            return []
+        part = [f"{self.key}_split={self.split}"] if "[" in self.split else []
+        return part + ([f"data.subset={self.subset}"] if self.subset is not None else [])
 
     def identity(self) -> dict[str, Any]:
         """What must be unchanged for rows read earlier to be those of now."""
@@ -134,14 +143,10 @@ class Source:
         path = Path(self.name)
         try:
             if path.is_dir() and any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-                loaded = datasets.load_from_disk(str(path))
-                if isinstance(loaded, datasets.DatasetDict):
-                    if self.split not in loaded:
-                        there = ", ".join(loaded)
-                        raise ValueError(f"{self.key}={self.name}: no split {self.split}; there are {there}")
-                    loaded = loaded[self.split]
-                return loaded
-            return datasets.load_dataset(self.name, split=self.split)
+                if self.subset is not None:
+                    raise ValueError(f"data.subset={self.subset} means nothing for a folder of save_to_disk")
+                return _saved(datasets.load_from_disk(str(path)), self.split)
+            return datasets.load_dataset(self.name, self.subset, split=self.split)
         except ValueError as error:
             raise ValueError(f"{self.key}={self.name}, split {self.split}: {error}") from error
         except Exception as error:
@@ -150,6 +155,19 @@ class Source:
                 f"{self.key}={self.name} is neither a .jsonl file nor a data set that can be read: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _saved(loaded: Any, split: str) -> Any:
+    """A split, or a part of one, of what ``load_from_disk`` returned; a single data set counts as split ``train``."""
+    import datasets
+
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {split.partition("[")[0]: loaded}
+    try:
+        [part] = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(it) for name, it in splits.items()})
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"no split {split}; there are {', '.join(splits)}") from error
+    whole = splits[part.splitname]
+    return whole.select(range(*slice(part.from_, part.to).indices(len(whole))))
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:

@@ -35,8 +35,10 @@ QWEN25 = (
 )
 
 # Reasoning is shown in the answers after the last question only, where its block is always written, empty or
-# not.
-QWEN3 = (
+# not. Calls follow the text of their turn.
+_QWEN3_TURNS = (
+    "{% if tools %}{{ '<|im_start|>system\n# Tools\n' }}{% for t in tools %}{{ t | tojson + '\n' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
     "{% set ns = namespace(last=-1) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "{% for m in messages %}{% if m.role == 'assistant' %}"
@@ -45,12 +47,21 @@ QWEN3 = (
     "{{ '<|im_start|>assistant\n' }}"
     "{% if loop.index0 > ns.last and (loop.last or thought) %}"
     "{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
-    "{{ text + '<|im_end|>\n' }}{% else %}" + _TURN + "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{{ text }}"
+    "{% for c in m.tool_calls or [] %}{% if text or not loop.first %}{{ '\n' }}{% endif %}"
+    "{% set f = c.function or c %}"
+    "{{ '<tool_call>\n{\"name\": \"' + f.name + '\", \"arguments\": ' + (f.arguments | tojson) + '}\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% else %}" + _TURN + "{% endif %}{% endfor %}"
+)
+QWEN3 = (
+    _QWEN3_TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and enable_thinking is false %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{% endif %}"
 )
+# Always thinks.
+QWEN3_THINKING = _QWEN3_TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 
 # No generation prompt, a space around the answer, and content that is trimmed.
 LLAMA2 = (
@@ -111,6 +122,34 @@ def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def domain_rows(domain: str, count: int) -> list[dict[str, Any]]:
+    """Rows of our own in the columns of the data set that ``conf/data/<domain>.yaml`` names."""
+    if domain == "math":
+        pairs = [(f"{n} + {n}?", f"It is {2 * n}.") for n in range(1, count + 1)]
+        return [{"source": "s", "problem": q, "solution": a, "messages": chat(q, a)} for q, a in pairs]
+    if domain == "medical":
+        return [
+            {"Question": f"Dose {n}?", "Complex_CoT": f"Weigh {n}.", "Response": f"{5 * n} mg."}
+            for n in range(1, count + 1)
+        ]
+    assert domain == "agent"
+    return [
+        {
+            "conversations": [
+                {"from": "human", "value": f"Area of {n} by 5?"},
+                {"from": "function_call", "value": json.dumps({"name": "area", "arguments": {"base": n, "height": 5}})},
+                {"from": "observation", "value": json.dumps({"area": 2.5 * n})},
+                {"from": "gpt", "value": f"It is {2.5 * n}."},
+            ],
+            "tools": json.dumps([AREA]),
+        }
+        for n in range(1, count + 1)
+    ]
+
+
+AREA = {"name": "area", "description": "Of a triangle.", "parameters": {"type": "object", "properties": {}}}
 
 
 def make_settings(folder: Path, train: Path | str, validation: Path | str | None = None, **groups: Any) -> Settings:

@@ -95,6 +95,48 @@ def test_tools_and_tool_calls() -> None:
     assert "# Tools" in tokenizer.decode(tokens.input_ids)
 
 
+CALLING: list[dict[str, Any]] = [
+    {"role": "user", "content": "Area?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "area", "arguments": {"base": 10}}}]},
+    {"role": "tool", "content": "25"},
+    {"role": "assistant", "content": "It is 25."},
+]
+CALL = '<tool_call>\n{"name": "area", "arguments": {"base": 10}}\n</tool_call><|im_end|>'
+
+
+def test_qwen3_opens_a_call_otherwise_when_it_is_last() -> None:
+    """In the whole conversation no <think> block stands before the call; in the conversation up to it, one does."""
+    tokenizer = make_tokenizer(support.QWEN3)
+    tokens = tokenize_chat(tokenizer, {"messages": CALLING, "tools": [{"name": "area"}]})
+    assert answers(tokenizer, tokens) == [CALL, "It is 25.<|im_end|>"]
+    assert_same_ids(tokenizer, tokens, CALLING, tools=[{"name": "area"}])
+    alone = tokenize_chat(tokenizer, {"messages": CALLING[:2]})
+    assert answers(tokenizer, alone) == [CALL]
+    assert "<think>\n\n</think>" in tokenizer.decode(alone.input_ids[: alone.answers[0][0]])
+
+
+def test_a_template_that_always_thinks() -> None:
+    """Its prompt opens a block that only the last answer continues."""
+    tokenizer = make_tokenizer(support.QWEN3_THINKING)
+    messages = chat("Two?", "<think>\nCount.\n</think>\n\nTwo.", "Three?", "<think>\nAgain.\n</think>\n\nThree.")
+    tokens = tokenize_chat(tokenizer, {"messages": messages})
+    assert answers(tokenizer, tokens) == ["Two.<|im_end|>", "Again.\n</think>\n\nThree.<|im_end|>"]
+    tokens = tokenize_chat(tokenizer, {"messages": CALLING})
+    assert answers(tokenizer, tokens) == [CALL, "\n</think>\n\nIt is 25.<|im_end|>"]
+
+
+def test_a_turn_that_ends_where_the_next_role_begins() -> None:
+    """As in GLM-4: the model stops by producing the token of the role that speaks next."""
+    template = (
+        "{% for m in messages %}{{ ('<s>' if m.role == 'user' else '</s>') + '\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '</s>' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(template, eos="<|endoftext|>")
+    messages = chat("Two?", "Four.", "Three?", "Six.")
+    tokens = tokenize_chat(tokenizer, {"messages": messages})
+    assert answers(tokenizer, tokens) == ["\nFour.<s>", "\nSix.<|endoftext|>"]
+
+
 def test_template_without_generation_prompt_that_trims() -> None:
     tokenizer = make_tokenizer(support.LLAMA2, eos="</s>")
     messages = chat(" Two plus two? ", "  Four.  ", "Three?", "Six.")

@@ -222,3 +222,27 @@ def test_tokenizer_without_end_token_is_refused(tmp_path: Path) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         prepare(settings, tokenizer)
+
+
+def test_a_part_of_a_file_is_said_to_be_the_whole(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The recipes hold out a part of one data set; with a file in its place nothing would be held out."""
+    path = write_jsonl(tmp_path / "t.jsonl", GOOD)
+    parts = {"train_split": "train[2:]", "validation_split": "train[:2]", "subset": "en", "mapping": "messages"}
+    settings = make_settings(tmp_path, path, path, data=parts)
+    with caplog.at_level(logging.WARNING):
+        assert prepare(settings, tokenizer).train_rows == 4
+    for said in (
+        "data.train_split=train[2:] has no effect",
+        "data.validation_split=train[:2]",
+        "data.subset=en has no",
+    ):
+        assert said in caplog.text
+    assert "what is measured there was trained on" in caplog.text
+    caplog.clear()
+    other = write_jsonl(tmp_path / "v.jsonl", GOOD[:2])
+    with caplog.at_level(logging.WARNING):
+        prepare(make_settings(tmp_path, path, other), tokenizer)
+    assert "no effect" not in caplog.text
+    assert "trained on" not in caplog.text

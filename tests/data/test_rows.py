@@ -96,6 +96,46 @@ def test_datasets_folder_saved_to_disk(tmp_path: Path) -> None:
         next(iter(wrong.rows()))
 
 
+def test_a_part_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written alike for a folder of save_to_disk, a single data set and a folder of files."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    ten = datasets.Dataset.from_list([{"a": number} for number in range(10)])
+    datasets.DatasetDict({"train": ten, "test": ten}).save_to_disk(str(tmp_path / "saved"))
+    ten.save_to_disk(str(tmp_path / "single"))
+    (tmp_path / "files").mkdir()
+    ten.to_parquet(str(tmp_path / "files" / "train.parquet"))
+    for name in ("saved", "single", "files"):
+        # One that ends after the last row ends with it.
+        parts = {"train[7:]": (7, 9, 3), "train[:2]": (0, 1, 2), "train[:50%]": (0, 4, 5), "train[8:90]": (8, 9, 2)}
+        for split, (first, last, count) in parts.items():
+            rows = list(Source("data.train", str(tmp_path / name), split).rows())
+            assert [rows[0].values["a"], rows[-1].values["a"], len(rows)] == [first, last, count], (name, split)
+            assert (rows[0].where, rows[0].number) == (f"{tmp_path / name}[{split}]:1", 1)
+    for split in ("valid[:3]", "train[1:", "train[:12]x"):
+        with pytest.raises(ValueError, match="split"):
+            list(Source("data.train", str(tmp_path / "saved"), split).rows())
+
+
+def test_a_subset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for language in ("en", "zh"):
+        (folder / f"{language}.json").write_text(json.dumps({"a": language}) + "\n")
+    configs = [{"config_name": name, "data_files": f"{name}.json"} for name in ("en", "zh")]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for language in ("en", "zh"):
+        rows = list(Source("data.train", str(folder), "train", language).rows())
+        assert [row.values for row in rows] == [{"a": language}]
+    with pytest.raises(ValueError, match="Config name is missing"):
+        list(source(folder).rows())
+    datasets.Dataset.from_list([{"a": 1}]).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=r"data\.subset=en means nothing"):
+        list(Source("data.train", str(tmp_path / "saved"), "train", "en").rows())
+
+
 def test_datasets_folder_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))

@@ -184,3 +184,16 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     yield Workshop(tmp_path_factory.mktemp("nemo"))
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def made(workshop: Workshop) -> Iterator[Any]:
+    """The recipes of ``conf/`` in small, each made once: a `tests.nemo.recipes.Recipes`."""
+    import datasets
+
+    from tests.nemo.recipes import Recipes
+
+    folder = workshop.root / "recipes"
+    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
+    yield Recipes(folder)
+    datasets.config.HF_DATASETS_CACHE = before

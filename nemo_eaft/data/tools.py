@@ -1,0 +1,72 @@
+"""Functions and calls of them in the one form that chat templates take, from the several that data sets have."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from nemo_eaft.data.rows import RowError
+
+
+def parsed(value: Any, name: str) -> Any:
+    """The value, or what its JSON text says.
+
+    Raises:
+        RowError: text that is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{name!r} is text, but not JSON: {error}") from error
+
+
+def tools(value: Any, name: str) -> list[dict[str, Any]] | None:
+    """The functions of a row as ``{"type": "function", "function": {"name", ...}}``; None: there are none.
+
+    Args:
+        value: null, a list of functions, each an object or JSON text, with or without the wrapping, or all of that as
+            JSON text.
+        name: the column, for messages.
+
+    Raises:
+        RowError: anything else.
+    """
+    value = parsed(value, name) if value != "" else None
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise RowError(f"{name!r} must be a list of functions, got {type(value).__name__}")
+    found = []
+    for number, tool in enumerate((parsed(tool, name) for tool in value), start=1):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f"{name!r}: function {number} must be an object with a 'name'")
+        found.append(tool if "function" in tool else {"type": "function", "function": function})
+    return found
+
+
+def tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Calls as ``{"type": "function", "function": {"name", "arguments": {...}}}``.
+
+    Args:
+        value: one call or a list of them, with or without the wrapping, or that as JSON text. Arguments are an object
+            or its JSON text.
+        where: what holds it, for messages.
+
+    Raises:
+        RowError: anything else.
+    """
+    value = parsed(value, f"{where}: tool_calls")
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f"{where}: a call must be an object with 'name' and 'arguments'")
+        arguments = parsed(function.get("arguments") or {}, f"{where}: arguments")
+        if not isinstance(arguments, dict):
+            raise RowError(f"{where}: the arguments of {function['name']} must be an object, got {arguments!r}")
+        kept = {key: item for key, item in call.items() if key not in ("name", "arguments")}
+        calls.append(kept | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
