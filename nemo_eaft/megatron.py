@@ -148,7 +148,7 @@ class AttachedLoss:
             )
         valid = labels != self.config.ignore_index
         if loss_mask is not None:
-            _check_labels_under_mask(valid, loss_mask, self.config.ignore_index)
+            check_labels_under_mask(valid, loss_mask, self.config.ignore_index)
             valid = valid & (loss_mask != 0)
         config = self.config if self._model.training else self.config.plain()
         measured = self._model.training and self.measure_only
@@ -276,8 +276,14 @@ def _tensor_parallel_group(core: Any) -> ProcessGroup | None:
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def _check_labels_under_mask(labelled: Tensor, loss_mask: Tensor, ignore_index: int) -> None:
-    """A counted token needs a label: Megatron's denominator is the mask, so an ignored one would dilute the mean."""
+def check_labels_under_mask(labelled: Tensor, loss_mask: Tensor, ignore_index: int) -> None:
+    """A counted token needs a label: Megatron's denominator is the mask, so an ignored one would dilute the mean.
+
+    labelled: [...] bool, where the label is not `ignore_index`; loss_mask: [...], of the same shape.
+
+    Raises:
+        ValueError: there is such a token. On a GPU the error comes later, as a failed device assertion.
+    """
     wrong = ~labelled & (loss_mask != 0)
     message = f"labels: {ignore_index} (ignore_index) where the loss mask is 1; mask such tokens out"
     if wrong.device.type == "cpu":

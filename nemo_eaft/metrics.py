@@ -76,6 +76,26 @@ def token_sums(out: TokenLoss, valid: Tensor, config: EAFTConfig, vocab_size: in
     return torch.stack(sums + counts)
 
 
+def sums_and_counts(sums: Tensor) -> dict[str, Tensor]:
+    """Name to [2] float64, sum and number of tokens, for a framework that adds up such pairs and divides by itself.
+
+    Args:
+        sums: [6] float64 in the order of ``METRIC_SUMS``, as returned by :func:`token_sums`.
+
+    Returns:
+        the means of :class:`StepMetrics` but the loss, which such a framework sums anyway.
+    """
+    _check(sums)
+    of = dict(zip(METRIC_SUMS, sums, strict=True))
+    named = {
+        "cross_entropy": "cross_entropy",
+        "entropy": "entropy",
+        "weight": "weight",
+        "conflict_fraction": "conflicts",
+    }
+    return {name: torch.stack((of[entry], of["tokens"])) for name, entry in named.items()}
+
+
 def reduce_sums(
     sums: Tensor,
     data_group: ProcessGroup | None,

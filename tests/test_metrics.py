@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nemo_eaft import EAFTConfig, TokenLoss, eaft_loss
-from nemo_eaft.metrics import METRIC_SUMS, StepMetrics, reduce_sums, token_sums, zero_sums
+from nemo_eaft.metrics import METRIC_SUMS, StepMetrics, reduce_sums, sums_and_counts, token_sums, zero_sums
 
 VOCAB = 1000
 
@@ -38,6 +38,16 @@ def loop_sums(out: TokenLoss, valid: Tensor, probability: float, ratio: float, n
         for place, value in enumerate((loss, cross_entropy, entropy, weight, float(conflict), 1.0)):
             sums[place] += value
     return sums
+
+
+def test_sums_with_their_count_divide_to_the_means() -> None:
+    sums = torch.tensor([1.0, 8.0, 6.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    pairs = sums_and_counts(sums)
+    means = StepMetrics.from_sums(sums).as_dict()
+    assert {name: float(pair[0] / pair[1]) for name, pair in pairs.items()} == {
+        name: means[name] for name in ("cross_entropy", "entropy", "weight", "conflict_fraction")
+    }
+    assert all(pair.dtype == torch.float64 and pair[1] == 4 for pair in pairs.values())
 
 
 @pytest.mark.parametrize(
