@@ -86,7 +86,7 @@ def example(folder: Path, name: str, tensor: int = 1, pipeline: int = 1) -> dict
         cfg.optimizer.lr = 1e-2
         finetune.finetune(cfg, step)
 
-    gpt_step.masked_next_token_loss, script.finetune = watched_loss, run
+    gpt_step.masked_next_token_loss, vars(script)["finetune"] = watched_loss, run
     sizes = {"tensor-parallel": tensor, "pipeline-parallel": pipeline, "steps": STEPS, "seq-length": 48}
     sizes |= {"micro-batch-size": 2, "global-batch-size": 8}
     places = {"checkpoint": folder / "imported", "data": folder / "rows", "output": folder / name}
@@ -94,7 +94,7 @@ def example(folder: Path, name: str, tensor: int = 1, pipeline: int = 1) -> dict
     try:
         script.main()
     finally:
-        gpt_step.masked_next_token_loss, script.finetune = real_loss, finetune.finetune
+        gpt_step.masked_next_token_loss, vars(script)["finetune"] = real_loss, finetune.finetune
     return {"micro_batches": micro_batches}
 
 

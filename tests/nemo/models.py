@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from nemo_eaft.settings import (
-    DataSettings,
     LossSettings,
     ModelSettings,
     ParallelSettings,
@@ -17,6 +16,7 @@ from nemo_eaft.settings import (
     Settings,
     TrainerSettings,
 )
+from nemo_eaft.settings_data import DataSettings
 
 TOKENS = 250
 """Size of the tokenizer."""

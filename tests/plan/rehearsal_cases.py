@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_eaft.settings import (
-    DataSettings,
     LossSettings,
     ModelSettings,
     ParallelSettings,
@@ -13,6 +12,7 @@ from nemo_eaft.settings import (
     Settings,
     TrainerSettings,
 )
+from nemo_eaft.settings_data import DataSettings
 
 # Tied, with a bias on queries, keys and values, and kv heads that two ranks share.
 QWEN2: dict[str, Any] = {
@@ -50,7 +50,7 @@ def settings_of(model: str, world: int, *, trainer: dict[str, Any] | None = None
     sizes = ParallelSettings(**parallel)
     per_node = min(world, 8)
     copies = world // sizes.model_ranks
-    values = {"num_nodes": world // per_node, "gpus_per_node": per_node}
+    values: dict[str, Any] = {"num_nodes": world // per_node, "gpus_per_node": per_node}
     values["global_batch_size"] = copies * 4 * sizes.pipeline
     return Settings(
         model=ModelSettings(hf=model),

@@ -20,7 +20,6 @@ from typing import Any
 from nemo_eaft.plan.layout import Layout
 from nemo_eaft.plan.rehearsal.records import Built
 from nemo_eaft.settings import (
-    DataSettings,
     LossSettings,
     ModelSettings,
     ParallelSettings,
@@ -28,6 +27,7 @@ from nemo_eaft.settings import (
     Settings,
     TrainerSettings,
 )
+from nemo_eaft.settings_data import DataSettings
 
 
 def build(settings: Settings, hf_config: Mapping[str, Any], fused_linear: bool) -> Built:
