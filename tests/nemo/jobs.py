@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.abc
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -58,6 +59,8 @@ class Recorded:
     """The same after the last step, or when an exception ended the training."""
     optimizer: list[torch.Tensor] = dataclasses.field(default_factory=list)
     """Every tensor of this rank's optimizer state after the last step."""
+    nearest_tie: float = math.inf
+    """How near this rank's routers came to choosing other experts in the training: see `kinds.watch_ties`."""
     error: str | None = None
     """Type and message of the exception that ended the training."""
 
@@ -73,6 +76,10 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.seen.initial = pieces(trainer.strategy.megatron_parallel)
+        kinds.watch_ties(trainer.strategy.megatron_parallel, self._saw_tie)
+
+    def _saw_tie(self, gap: float) -> None:
+        self.seen.nearest_tie = min(self.seen.nearest_tie, gap)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         # Adapters are put in now.

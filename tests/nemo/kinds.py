@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,27 @@ def _fill(weight: torch.Tensor, axis: int, std: float, blocks: int = 1) -> None:
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0] * 1000 + shape[1])) * std
     rank = parallel_state.get_tensor_model_parallel_rank()
     weight.copy_(torch.cat([block.chunk(ranks, axis)[rank] for block in whole.chunk(blocks, axis)], axis))
+
+
+def watch_ties(model: Any, saw: Callable[[float], None]) -> None:
+    """Tell `saw` of each training forward of each router by how much the last chosen expert was ahead of the next.
+
+    In logits, the least of all tokens. A choice is not continuous: where this is no more than rounding, one process and
+    several may choose differently, and both are right.
+    """
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    def gap(router: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if router.training:
+            with torch.no_grad():
+                logits = router.gating(inputs[0]).float().sort(-1, descending=True).values
+            chosen = router.topk
+            saw(float((logits[..., chosen - 1] - logits[..., chosen]).min()))
+
+    for chunk in model:
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter):
+                module.register_forward_pre_hook(gap)
 
 
 def with_prediction_head(checkpoint: Path, output: Path) -> None:

@@ -15,6 +15,9 @@ from tests.nemo.conftest import Run, Workshop, assemble
 from tests.nemo.matrix import LARGE_ROWS, ROWS, Row, legal_rows, pairs
 
 STEPS = 8
+NEAREST_TIE = 2e-6
+"""Least distance, in a router's logits, between the last expert that a token goes to and the next. One process and eight
+were seen to have logits 2.4e-7 apart there."""
 FAMILIES = {"dense": "llama", "moe": "qwen3_moe", "mtp": "llama", "lora": "llama"}
 
 
@@ -42,6 +45,9 @@ def train(workshop: Workshop, row: Row, name: str | None = None, **plan: Any) ->
             "global_batch_size": row.global_batch,
             "distributed_optimizer": row.distributed_optimizer,
             "recompute": "full" if row.recompute else "none",
+            # Adam makes steps of a rounding error where a gradient is nearly nothing. Smaller ones, so that no token
+            # goes to other experts for it.
+            **({"learning_rate": 1e-4} if row.kind == "moe" else {}),
         },
     )
 
@@ -90,7 +96,9 @@ def words(answers: list[tuple[int, ...]]) -> Counter[int]:
 def test_a_split_training_is_that_of_one_process(workshop: Workshop, row: Row) -> None:
     assert row.refusal() is None
     assert not row.meaningless()
-    assert_same(train(workshop, row), train(workshop, row.single))
+    single = train(workshop, row.single)
+    assert_same(train(workshop, row), single)
+    assert single.ranks[0].nearest_tie > NEAREST_TIE
 
 
 def test_every_pair_of_values_is_in_a_row() -> None:
