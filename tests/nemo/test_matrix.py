@@ -16,8 +16,8 @@ from tests.nemo.matrix import LARGE_ROWS, ROWS, Row, legal_rows, pairs
 
 STEPS = 8
 NEAREST_TIE = 2e-6
-"""Least distance, in a router's logits, between the last expert that a token goes to and the next. One process and eight
-were seen to have logits 2.4e-7 apart there."""
+"""Least distance, in a router's logits, between the last expert that a token goes to and the next. The logits of one
+process and of eight were seen to be 2.4e-7 apart there."""
 FAMILIES = {"dense": "llama", "moe": "qwen3_moe", "mtp": "llama", "lora": "llama"}
 
 
