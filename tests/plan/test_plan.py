@@ -163,7 +163,7 @@ def test_loss_paths_of_a_32b() -> None:
     assert plan(QWEN_32B, "parallel.tensor=8", "loss=sft").path == "stock_fused"
     assert plan(QWEN_32B, "parallel.tensor=8", "loss.fused_linear=true").path == "eaft_fused_linear"
     # auto, as training decides it: more than a tenth of the memory.
-    long = plan(QWEN_32B, "trainer.seq_length=16384", hardware=Hardware(memory_gb=80))
+    long = plan(QWEN_32B, "trainer.seq_length=16384", hardware=Hardware(gpu_memory_gb=80))
     assert long.path == "eaft_fused_linear"
 
 
@@ -221,7 +221,7 @@ def test_verdicts() -> None:
     peak = one.peak / 1e9
 
     def verdict(memory_gb: float) -> str:
-        return dataclasses.replace(one, hardware=Hardware(memory_gb=memory_gb)).verdict
+        return dataclasses.replace(one, hardware=Hardware(gpu_memory_gb=memory_gb)).verdict
 
     assert [verdict(peak * factor) for factor in (0.99, 1.01, 1.2)] == ["does not fit", "tight", "fits"]
 
@@ -257,7 +257,7 @@ def test_nearest_layouts_fit_and_change_little() -> None:
     more = nearest(plan(QWEN_32B, "parallel.tensor=8"))
     assert {other.layout.world_size for other in more} == {16}
     # Nothing at all fits into 4 GB.
-    assert nearest(plan(QWEN_32B, "parallel.tensor=8", hardware=Hardware(memory_gb=4))) == []
+    assert nearest(plan(QWEN_32B, "parallel.tensor=8", hardware=Hardware(gpu_memory_gb=4))) == []
 
 
 def test_a_changed_run_is_checked_anew() -> None:
@@ -267,7 +267,7 @@ def test_a_changed_run_is_checked_anew() -> None:
         changed(settings, parallel=values)
 
 
-@pytest.mark.parametrize("field", ["memory_gb", "tflops", "mfu", "node_gbs", "network_gbs"])
+@pytest.mark.parametrize("field", ["gpu_memory_gb", "tflops", "mfu", "node_gbs", "network_gbs"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 def test_hardware_is_checked(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^--{field.replace('_', '-')}={value} must be a finite number above 0"):
