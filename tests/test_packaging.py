@@ -259,6 +259,7 @@ EXERCISED = {
     "python examples/nemo_run_slurm.py": "tests/test_nemo_run.py:nemo_run_slurm.py",
     "nemo-eaft import": 'tests/test_cli.py:"import"',
     "nemo-eaft train": 'tests/test_cli.py:"train"',
+    "nemo-eaft plan": 'tests/plan/test_command.py:"plan"',
     "nemo-eaft export": 'tests/test_cli_export.py:"export"',
     "torchrun": "tests/test_packaging.py:nemo_eaft.train",
     "pip install": "tests/test_packaging.py:def installed",

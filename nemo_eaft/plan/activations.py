@@ -3,8 +3,9 @@
 Counted tensor by tensor as autograd saves them. ``local`` layers are those of Megatron-Core 0.15.3 without Transformer
 Engine, as the CPU backend runs them (``transformer/attention.py``, ``dot_product_attention.py``, ``mlp.py``,
 ``fusions/fused_softmax.py``, torch's RMSNorm): ``tests/plan`` compares them with a real model's live tensors.
-``transformer_engine`` layers are as read in its source (norm fused with the linear layer behind it, flash attention):
-no test has measured them.
+``transformer_engine`` layers are as read in its code (``pytorch/module/layernorm_linear.py``: what _LayerNormLinear
+saves; flash attention keeps queries, keys, values, output and one number a row, arXiv 2205.14135): no test has measured
+them.
 """
 
 from __future__ import annotations
@@ -145,6 +146,10 @@ def _transformer_engine(width: _Widths, shape: ModelShape, batch: MicroBatch) ->
     fused = shape.model_type in _FUSED_SWIGLU
     rest += _feed_forward(width, batch, 3 if fused else 5, shape)
     gradients = hidden + tokens * 2 * width.feed_forward * item
+    if batch.sequence_shards > 1:
+        # The input of a column-parallel layer is gathered again for its weight's gradient, and its own is whole before
+        # it is cut.
+        gradients += 2 * tokens * width.hidden * item
     return LayerBytes(hidden, scores, rest, 0, gradients)
 
 

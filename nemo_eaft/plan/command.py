@@ -28,6 +28,15 @@ _EPILOG = (
     "code 1 where it differs."
 )
 
+# Fields of Hardware, each an option.
+_ASSUMED = {
+    "gpu_memory_gb": ("GB", "memory of a GPU"),
+    "tflops": ("T", "highest dense bfloat16 rate of a GPU, 10^12 operations a second"),
+    "mfu": ("PART", "part of it reached while computing, assumed"),
+    "node_gbs": ("GB/S", "what a rank sends to others of its machine, assumed"),
+    "network_gbs": ("GB/S", "what a rank sends to other machines, assumed"),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser, overrides: str) -> None:
     """The command's arguments. ``overrides``: what KEY=VALUE means."""
@@ -42,12 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser, overrides: str) -> None:
     parser.add_argument("--model", metavar="NAME", help="Hugging Face name or folder, in place of model.hf")
     parser.add_argument("--attention", choices=("flash", "unfused"), help="default: flash on GPUs, unfused on the CPU")
     defaults = Hardware()
-    for option, metavar, text in (
-        ("--gpu-memory-gb", "GB", f"memory of a GPU (default: {defaults.memory_gb:g})"),
-        ("--tflops", "T", f"highest dense bfloat16 rate of a GPU (default: {defaults.tflops:g})"),
-        ("--mfu", "PART", f"part of it reached while computing, assumed (default: {defaults.mfu:g})"),
-    ):
-        parser.add_argument(option, type=float, metavar=metavar, help=text)
+    for name, (metavar, text) in _ASSUMED.items():
+        default = getattr(defaults, name)
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=float, metavar=metavar, help=f"{text} (default: {default:g})")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -128,7 +135,7 @@ def _compose(conf: str, overrides: list[str], model: str | None) -> Settings:
 
 
 def _hardware(arguments: argparse.Namespace) -> Hardware:
-    given = {"memory_gb": arguments.gpu_memory_gb, "tflops": arguments.tflops, "mfu": arguments.mfu}
+    given = {name: getattr(arguments, name) for name in _ASSUMED}
     return Hardware(**{name: value for name, value in given.items() if value is not None})
 
 

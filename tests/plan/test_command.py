@@ -148,7 +148,7 @@ def test_every_shipped_model_has_a_layout(name: str, capsys: pytest.CaptureFixtu
         (("qwen3-0.6b", "model.hf=nobody/nothing"), "its sizes are not shipped"),
         (("demo", "model.hf=/nowhere"), "there is no folder /nowhere"),
         (("qwen3-0.6b", "--mfu", "2"), "--mfu=2.0 must be at most 1"),
-        (("qwen3-0.6b", "--gpu-memory-gb", "-1"), "--memory-gb=-1.0 must be a finite number above 0"),
+        (("qwen3-0.6b", "--gpu-memory-gb", "-1"), "--gpu-memory-gb=-1.0 must be a finite number above 0"),
         (("--gpus", "12", "--model", "Qwen/Qwen3-8B"), "--gpus=12 must be 1 to 8, or a multiple of 8"),
         (("--gpus", "0", "--model", "Qwen/Qwen3-8B"), "--gpus=0 must be 1 to 8"),
         (("--gpus", "8"), "--gpus=8 needs --model NAME or a CONF"),
