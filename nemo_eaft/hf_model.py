@@ -92,7 +92,7 @@ def check_layout(settings: Settings, hf_config: Any) -> None:
             f"parallel.tensor={parallel.tensor} must divide the {heads} attention heads and {kv_heads} "
             f"key-value heads of {settings.model.hf}: allowed are {', '.join(map(str, allowed))}"
         )
-    width = getattr(hf_config, "moe_intermediate_size", None) or getattr(hf_config, "intermediate_size", 0)
+    width = getattr(hf_config, "moe_intermediate_size", None) or hf_config.intermediate_size
     if width % parallel.tensor:
         raise ValueError(
             f"parallel.tensor={parallel.tensor} must divide the width {width} of the feed-forward layers of "

@@ -36,7 +36,14 @@ def settings(ranks: int = 1, **groups: dict[str, Any]) -> Settings:
     return from_mapping(base)
 
 
-LLAMA = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576, vocab_size=102)
+LLAMA = LlamaConfig(
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    hidden_size=576,
+    intermediate_size=1536,
+    vocab_size=102,
+)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +89,20 @@ def test_layouts_that_do_not(groups: dict[str, Any], ranks: int, named: str) -> 
 
 
 def test_a_vocabulary_that_the_ranks_cannot_share_evenly() -> None:
-    odd = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=100)
+    odd = LlamaConfig(num_attention_heads=9, num_key_value_heads=3, intermediate_size=96, vocab_size=100)
     with pytest.raises(ValueError, match=r"parallel\.tensor=3 must divide the 100 rows of the vocabulary of org/name"):
         check_model(settings(3, parallel={"tensor": 3}), odd, Sized(100))
+
+
+def test_feed_forward_layers_that_the_ranks_cannot_share_evenly() -> None:
+    sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 102}
+    message = r"parallel\.tensor=3 must divide the width 100 of the feed-forward layers of org/name"
+    for odd in (
+        LlamaConfig(**sizes, intermediate_size=100),
+        Qwen3MoeConfig(**sizes, intermediate_size=96, moe_intermediate_size=100),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_model(settings(3, parallel={"tensor": 3}), odd, Sized(100))
 
 
 def test_the_rule_for_heads_is_megatrons() -> None:

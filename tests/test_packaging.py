@@ -281,6 +281,7 @@ EXERCISED = {
     "sbatch": "tests/test_sbatch.py:test_sbatch_starts_one_torchrun_per_node",
     "nemo-eaft import": 'tests/test_cli.py:"import"',
     "nemo-eaft train": 'tests/test_cli.py:"train"',
+    "nemo-eaft plan": 'tests/plan/test_command.py:"plan"',
     "nemo-eaft export": 'tests/test_cli_export.py:"export"',
     "torchrun": "tests/test_packaging.py:nemo_eaft.train",
     "pip install": "tests/test_packaging.py:def installed",

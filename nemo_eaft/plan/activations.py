@@ -3,8 +3,9 @@
 Counted tensor by tensor as autograd saves them. ``local`` layers are those of Megatron-Core 0.15.3 without Transformer
 Engine, as the CPU backend runs them (``transformer/attention.py``, ``dot_product_attention.py``, ``mlp.py``,
 ``fusions/fused_softmax.py``, torch's RMSNorm): ``tests/plan`` compares them with a real model's live tensors.
-``transformer_engine`` layers are as read in its source (norm fused with the linear layer behind it, flash attention):
-no test has measured them.
+``transformer_engine`` layers are as read in its code (``pytorch/module/layernorm_linear.py``: what _LayerNormLinear
+saves; flash attention keeps queries, keys, values, output and one number a row, arXiv 2205.14135): no test has measured
+them.
 """
 
 from __future__ import annotations
@@ -145,6 +146,10 @@ def _transformer_engine(width: _Widths, shape: ModelShape, batch: MicroBatch) ->
     fused = shape.model_type in _FUSED_SWIGLU
     rest += _feed_forward(width, batch, 3 if fused else 5, shape)
     gradients = hidden + tokens * 2 * width.feed_forward * item
+    if batch.sequence_shards > 1:
+        # The input of a column-parallel layer is gathered again for its weight's gradient, and its own is whole before
+        # it is cut.
+        gradients += 2 * tokens * width.hidden * item
     return LayerBytes(hidden, scores, rest, 0, gradients)
 
 
@@ -191,9 +196,10 @@ def _scores(width: _Widths, batch: MicroBatch) -> int:
 
 def _feed_forward(width: _Widths, batch: MicroBatch, tensors: int, shape: ModelShape) -> int:
     """Gate and up together (2 of ``tensors``), the result (1), and without fusion silu's and a copy of up (2)."""
-    kept = batch.tokens * tensors * width.feed_forward * batch.itemsize
-    if shape.num_experts is not None:
-        # The tokens as sent and as they come back, and the router's probabilities: in float32 and chosen ones.
-        kept += 2 * batch.residual_tokens * width.sent * width.hidden * batch.itemsize
-        kept += batch.residual_tokens * 2 * shape.num_experts * _FLOAT32
-    return kept
+    if shape.num_experts is None:
+        return batch.tokens * tensors * width.feed_forward * batch.itemsize
+    # The result before it is multiplied by the expert's probability as well; the tokens as experts get them; the
+    # router's numbers.
+    kept = batch.tokens * (tensors + 1) * width.feed_forward * batch.itemsize
+    kept += batch.residual_tokens * width.sent * width.hidden * batch.itemsize
+    return kept + batch.residual_tokens * 4 * shape.num_experts * _FLOAT32

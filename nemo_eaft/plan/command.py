@@ -18,7 +18,8 @@ from nemo_eaft.plan.report import as_mapping, show, show_layouts, summary
 from nemo_eaft.plan.shape import find_shape
 from nemo_eaft.settings import Settings
 
-_START = Path(__file__).with_name("search.yaml")
+START = Path(__file__).with_name("search.yaml")
+"""What a search starts from where no CONF is given."""
 _SHOWN = 10
 _EPILOG = (
     "Without --gpus the layout of CONF is planned. With --gpus all layouts of so many GPUs are tried and ranked: "
@@ -26,6 +27,15 @@ _EPILOG = (
     "and Megatron-Core build every kind of rank without memory, and what they build is compared with the plan; exit "
     "code 1 where it differs."
 )
+
+# Fields of Hardware, each an option.
+_ASSUMED = {
+    "gpu_memory_gb": ("GB", "memory of a GPU"),
+    "tflops": ("T", "highest dense bfloat16 rate of a GPU, 10^12 operations a second"),
+    "mfu": ("PART", "part of it reached while computing, assumed"),
+    "node_gbs": ("GB/S", "what a rank sends to others of its machine, assumed"),
+    "network_gbs": ("GB/S", "what a rank sends to other machines, assumed"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser, overrides: str) -> None:
@@ -41,12 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser, overrides: str) -> None:
     parser.add_argument("--model", metavar="NAME", help="Hugging Face name or folder, in place of model.hf")
     parser.add_argument("--attention", choices=("flash", "unfused"), help="default: flash on GPUs, unfused on the CPU")
     defaults = Hardware()
-    for option, metavar, text in (
-        ("--gpu-memory-gb", "GB", f"memory of a GPU (default: {defaults.memory_gb:g})"),
-        ("--tflops", "T", f"highest dense bfloat16 rate of a GPU (default: {defaults.tflops:g})"),
-        ("--mfu", "PART", f"part of it reached while computing, assumed (default: {defaults.mfu:g})"),
-    ):
-        parser.add_argument(option, type=float, metavar=metavar, help=text)
+    for name, (metavar, text) in _ASSUMED.items():
+        default = getattr(defaults, name)
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=float, metavar=metavar, help=f"{text} (default: {default:g})")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -82,12 +90,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _search(arguments: argparse.Namespace, conf: str | None, overrides: list[str], hardware: Hardware) -> int:
     gpus: int = arguments.gpus
-    per_node = min(gpus, hardware.gpus_per_node)
-    if gpus < 1 or gpus % per_node:
-        raise ValueError(f"--gpus={gpus} must be 1 to {per_node}, or a multiple of {hardware.gpus_per_node}")
+    in_machine = hardware.gpus_per_node
+    if gpus < 1 or (gpus > in_machine and gpus % in_machine):
+        raise ValueError(f"--gpus={gpus} must be 1 to {in_machine}, or a multiple of {in_machine}")
+    per_node = min(gpus, in_machine)
     if conf is None and arguments.model is None:
         raise ValueError(f"--gpus={gpus} needs --model NAME or a CONF")
-    settings = _compose(conf or str(_START), overrides, arguments.model)
+    settings = _compose(conf or str(START), overrides, arguments.model)
     shape = find_shape(settings.model.hf)
     plans = search(settings, shape, hardware, arguments.attention, (gpus // per_node, per_node))
     if not plans:
@@ -126,7 +135,7 @@ def _compose(conf: str, overrides: list[str], model: str | None) -> Settings:
 
 
 def _hardware(arguments: argparse.Namespace) -> Hardware:
-    given = {"memory_gb": arguments.gpu_memory_gb, "tflops": arguments.tflops, "mfu": arguments.mfu}
+    given = {name: getattr(arguments, name) for name in _ASSUMED}
     return Hardware(**{name: value for name, value in given.items() if value is not None})
 
 

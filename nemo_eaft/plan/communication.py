@@ -21,14 +21,15 @@ def loss_collectives(
 ) -> dict[str, int]:
     """Bytes that this rank gives to each collective of the loss; none with one tensor-parallel rank.
 
-    The output layer's own, which every path has, are left out: its hidden gradient, or with
-    ``eaft_fused_linear`` the same numbers sent by the loss.
+    With ``loss.gate=stock`` EAFT's quantities are measured, so their records are sent as well. The output layer's own
+    collectives, which every path has, are left out: its hidden gradient, or with ``eaft_fused_linear`` the same numbers
+    sent by the loss.
     """
     if layout.tensor == 1:
         return {}
-    tokens = batch.tokens
-    if path in ("stock_unfused", "stock_fused"):
-        # One sum of both numbers, or one of each.
-        return {"all_reduce_max": tokens * _FLOAT32, "all_reduce_sum": 2 * tokens * _FLOAT32}
     top_k = settings.loss.eaft_config().effective_top_k(shape.vocab_size)
-    return {"all_gather_records": tokens * record_width(top_k) * _FLOAT32}
+    sent = {"all_gather_records": batch.tokens * record_width(top_k) * _FLOAT32}
+    if path in ("stock_unfused", "stock_fused"):
+        # The label's logit and the sum: one reduction of both, or one of each.
+        sent |= {"all_reduce_max": batch.tokens * _FLOAT32, "all_reduce_sum": 2 * batch.tokens * _FLOAT32}
+    return sent

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 class Hardware:
     """One kind of GPU and how it is connected. GB are 10^9 bytes."""
 
-    memory_gb: float = 80.0
+    gpu_memory_gb: float = 80.0
     """Memory of a GPU. An H100 of "80 GB" has about 85, which leaves some for what is not foreseen."""
     tflops: float = 989.0
     """Highest rate of dense bfloat16 matrix products, 10^12 operations a second (data sheet of the H100 SXM)."""

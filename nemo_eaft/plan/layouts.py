@@ -27,12 +27,12 @@ def search(
     attention: Attention | None = None,
     machines: tuple[int, int] | None = None,
 ) -> list[Plan]:
-    """Plans of every layout, best first: those that fit, then tight ones, then the others; among them by expected step
-    time, in hundredths of a second, then by memory.
+    """Plans of every layout, best first: those that fit, then tight ones, by expected step time in hundredths of a
+    second and then by memory; then the others, by memory.
 
     Tensor parallelism by powers of two inside one machine, with sequence parallelism above 1; pipelines that divide the
-    layers or leave fewer to the last stage, not interleaved; experts by powers of two; ``trainer.recompute`` none and full, and selective where
-    attention keeps scores. All else is as in ``settings``.
+    layers or leave fewer to the last stage, not interleaved; experts by powers of two; ``trainer.recompute`` none and
+    full, and selective where attention keeps scores. All else is as in ``settings``.
 
     machines: number of machines and GPUs in each; None: the run's.
     """
@@ -57,8 +57,9 @@ def nearest(plan: Plan, count: int = 3) -> list[Plan]:
 
 
 def _rank(plan: Plan) -> tuple[int, float, int]:
+    place = _ORDER.index(plan.verdict)
     # Nearly equal times say nothing: they are made of assumptions.
-    return _ORDER.index(plan.verdict), round(plan.time.total, 2), plan.peak
+    return place, round(plan.time.total, 2) if plan.verdict != "does not fit" else 0.0, plan.peak
 
 
 def _distance(one: Plan, other: Plan) -> int:

@@ -18,7 +18,8 @@ LossPath = Literal["stock_unfused", "stock_fused", "eaft_unfused", "eaft_fused_l
 LOSS_PATHS: tuple[LossPath, ...] = ("stock_unfused", "stock_fused", "eaft_unfused", "eaft_fused_linear")
 
 _FLOAT32 = 4
-# Bytes of logits at once (loss/products.py) and of each scratch tensor of the PyTorch path (loss/rows.py).
+# Bytes of logits at once (loss/products.py; on a CPU counted as float32 ones) and of each scratch tensor of the PyTorch
+# path (loss/rows.py).
 _PIECE = {"transformer_engine": 128 << 20, "local": 40 << 20}
 _SCRATCH = {"transformer_engine": 0, "local": 5 << 20}
 
@@ -49,17 +50,18 @@ def loss_bytes(shape: ModelShape, layout: Layout, batch: MicroBatch, path: LossP
     scratch = min(_SCRATCH[batch.layers], wide) * (2 if item < _FLOAT32 else 1)
     if path == "eaft_unfused":
         return max(2 * logits + scratch, output_layer)
-    piece = min(_PIECE[batch.layers] * item // (_FLOAT32 if batch.layers == "local" else item), logits)
+    on_cpu = batch.layers == "local"
+    piece = min(_PIECE[batch.layers] // _FLOAT32 * item if on_cpu else _PIECE[batch.layers], logits)
     wide_hidden = tokens * shape.hidden_size * _FLOAT32
     narrow = item < _FLOAT32
-    made_again = piece + scratch
-    if narrow and batch.layers == "local":
+    at_once = piece + scratch
+    if narrow and on_cpu:
         # PyTorch's products on a CPU widen their factors: the weight and the piece.
-        made_again = piece + max(scratch, weight * 2 + piece * 2)
+        at_once = piece + max(scratch, weight * 2 + piece * 2)
     if layout.tensor == 1 and layout.virtual_pipeline == 1:
         # Both gradients are made in forward, in float32.
         made = wide_hidden + columns * shape.hidden_size * _FLOAT32
         backward = (wide_hidden + hidden if narrow else hidden) + weight
-        return made + max(made_again, backward)
+        return made + max(at_once, backward)
     gathered = hidden if layout.sequence else 0
-    return gathered + wide_hidden + max(made_again, hidden + weight)
+    return gathered + wide_hidden + max(at_once, hidden + weight)

@@ -10,6 +10,7 @@ bfloat16 weights, the weights once more in float32; with the distributed optimiz
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,25 +46,36 @@ def weight_bytes(settings: Settings) -> int:
 def state_bytes(rank_parameters: RankParameters, settings: Settings, layout: Layout) -> StateBytes:
     """Bytes of weights, gradients and optimizer state of a rank (of the fullest one, where ranks of a distributed
     optimizer differ by the padding at the end of a bucket)."""
+    experts_apart = layout.expert > 1
+    shards = (layout.dense_shards, layout.expert_shards)
+    return _state(
+        rank_parameters, weight_bytes(settings), settings.trainer.distributed_optimizer, experts_apart, shards
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _state(
+    rank_parameters: RankParameters, itemsize: int, distributed: bool, experts_apart: bool, shards: tuple[int, int]
+) -> StateBytes:
+    """experts_apart: they are in buffers of their own. shards: ranks that share a buffer, dense and of experts."""
     weights = gradients = optimizer = 0
-    itemsize = weight_bytes(settings)
     # exp_avg, exp_avg_sq, and the float32 weights where the model's are narrower.
     per_element = 2 * _FLOAT32 + (_FLOAT32 if itemsize < _FLOAT32 else 0)
     for chunk in rank_parameters.chunks:
-        experts = [tensor for tensor in chunk if tensor.part == "experts" and layout.expert > 1]
-        dense = [tensor for tensor in chunk if not (tensor.part == "experts" and layout.expert > 1)]
-        for tensors, shards in ((dense, layout.dense_shards), (experts, layout.expert_shards)):
-            if not settings.trainer.distributed_optimizer:
+        experts = [tensor for tensor in chunk if experts_apart and tensor.part == "experts"]
+        dense = [tensor for tensor in chunk if not (experts_apart and tensor.part == "experts")]
+        for tensors, ranks in zip((dense, experts), shards, strict=True):
+            if not distributed:
                 count = sum(tensor.elements for tensor in tensors)
                 weights += count * itemsize
                 gradients += count * _FLOAT32
                 optimizer += count * per_element
                 continue
             for bucket in _buckets(tensors):
-                size = _padded(bucket, shards)
+                size = _padded(bucket, ranks)
                 weights += size * itemsize
                 gradients += size * _FLOAT32
-                optimizer += min(size // shards, sum(tensor.elements for tensor in bucket)) * per_element
+                optimizer += min(size // ranks, sum(tensor.elements for tensor in bucket)) * per_element
     return StateBytes(weights, gradients, optimizer)
 
 

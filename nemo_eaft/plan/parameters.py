@@ -6,6 +6,7 @@ output layer on the last), ``transformer/attention.py``, ``transformer/mlp.py``,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -27,16 +28,27 @@ class ParameterTensor(NamedTuple):
     """One of two copies of a tied embedding, on the first and on the last of several stages."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RankParameters:
-    """Parameters of one tensor- and expert-parallel rank of a pipeline stage; every such rank has as many."""
+    """Parameters of one tensor- and expert-parallel rank of a pipeline stage; every such rank has as many.
+
+    Equal only to itself, so that it costs nothing to remember what was worked out for it.
+    """
 
     chunks: tuple[tuple[ParameterTensor, ...], ...]
     """Tensors of each model chunk, in the order in which the model holds them."""
 
     def of(self, part: Part) -> int:
         """Parameters of one part."""
-        return sum(tensor.elements for chunk in self.chunks for tensor in chunk if tensor.part == part)
+        return self._counts[part]
+
+    @functools.cached_property
+    def _counts(self) -> dict[Part, int]:
+        counts = dict.fromkeys(PARTS, 0)
+        for chunk in self.chunks:
+            for tensor in chunk:
+                counts[tensor.part] += tensor.elements
+        return counts
 
     @property
     def embedding(self) -> int:
@@ -76,7 +88,7 @@ class RankParameters:
     @property
     def total(self) -> int:
         """All of them."""
-        return sum(self.of(part) for part in PARTS)
+        return sum(self._counts.values())
 
 
 def model_parameters(shape: ModelShape) -> int:
@@ -91,27 +103,45 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> RankParame
     stage: 0 to ``layout.pipeline - 1``.
     """
     assert 0 <= stage < layout.pipeline, (stage, layout.pipeline)
-    chunks = layout.chunks(stage, shape.num_hidden_layers)
-    return RankParameters(tuple(tuple(_chunk(shape, layout, layers)) for layers in chunks))
+    last = shape.num_hidden_layers
+    runs = tuple(
+        _Run(len(layers), layers.start == 0, layers.stop == last)
+        for layers in layout.chunks(stage, shape.num_hidden_layers)
+    )
+    return _rank(shape, layout.tensor, layout.expert, layout.pipeline > 1, runs)
 
 
-def _chunk(shape: ModelShape, layout: Layout, layers: range) -> Iterator[ParameterTensor]:
-    first, last = layers.start == 0, layers.stop == shape.num_hidden_layers
-    vocabulary = shape.vocab_size // layout.tensor * shape.hidden_size
-    copied = shape.tie_word_embeddings and layout.pipeline > 1
-    if first:
+class _Run(NamedTuple):
+    """A model chunk: so many layers, and whether they are the model's first and its last."""
+
+    layers: int
+    first: bool
+    last: bool
+
+
+# A search asks for the same stages again and again, and a mixture of experts has thousands of tensors.
+@functools.lru_cache(maxsize=4096)
+def _rank(shape: ModelShape, tensor: int, expert: int, stages: bool, runs: tuple[_Run, ...]) -> RankParameters:
+    return RankParameters(tuple(tuple(_chunk(shape, tensor, expert, stages, run)) for run in runs))
+
+
+def _chunk(shape: ModelShape, tensor: int, expert: int, stages: bool, run: _Run) -> Iterator[ParameterTensor]:
+    vocabulary = shape.vocab_size // tensor * shape.hidden_size
+    copied = shape.tie_word_embeddings and stages
+    if run.first:
         yield ParameterTensor("embedding", vocabulary, copied)
-    for _ in layers:
-        yield from _layer(shape, layout)
-    if last:
+    layer = tuple(_layer(shape, tensor, expert))
+    for _ in range(run.layers):
+        yield from layer
+    if run.last:
         yield ParameterTensor("norms", shape.hidden_size)
         # With one stage a tied output layer reads the embedding's weight.
-        if not (shape.tie_word_embeddings and first):
+        if not (shape.tie_word_embeddings and run.first):
             yield ParameterTensor("output_layer", vocabulary, copied)
 
 
-def _layer(shape: ModelShape, layout: Layout) -> Iterator[ParameterTensor]:
-    hidden, tensor = shape.hidden_size, layout.tensor
+def _layer(shape: ModelShape, tensor: int, expert: int) -> Iterator[ParameterTensor]:
+    hidden = shape.hidden_size
     yield ParameterTensor("norms", hidden)
     queries, qkv = shape.query_width // tensor, (shape.query_width + 2 * shape.key_value_width) // tensor
     yield ParameterTensor("attention", queries * hidden)
@@ -128,7 +158,7 @@ def _layer(shape: ModelShape, layout: Layout) -> Iterator[ParameterTensor]:
         yield from _feed_forward("mlp", hidden, width, shape.mlp_bias)
         return
     yield ParameterTensor("router", shape.num_experts * hidden)
-    for _ in range(shape.num_experts // layout.expert):
+    for _ in range(shape.num_experts // expert):
         yield from _feed_forward("experts", hidden, width, shape.mlp_bias)
 
 

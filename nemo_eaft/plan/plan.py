@@ -97,7 +97,7 @@ class Plan:
         """Bytes of a GPU; with the CPU backend a rank's part of this machine."""
         if self.settings.run.backend == "cpu":
             return rank_memory(self.settings)
-        return int(self.hardware.memory_gb * 1e9)
+        return int(self.hardware.gpu_memory_gb * 1e9)
 
     @cached_property
     def fused_linear(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 # (modeling_<family>.py: which projections have a bias; configuration_<family>.py: the size of a head.)
 _ALWAYS_QKV_BIAS = ("qwen2",)
 _ATTENTION_BIAS_IS_QKV_ONLY = ("glm4",)
+_ATTENTION_BIAS_BY_DEFAULT = ("glm4",)
 _NO_ATTENTION_BIAS = ("mistral", "qwen2")
 _QK_NORM = ("qwen3", "qwen3_moe")
 _SANDWICH_NORMS = ("glm4",)
@@ -66,7 +67,8 @@ class ModelShape:
             )
         heads = _size(mapping, "num_attention_heads")
         hidden = _size(mapping, "hidden_size")
-        attention_bias = bool(mapping.get("attention_bias", False)) and family not in _NO_ATTENTION_BIAS
+        said = mapping.get("attention_bias", family in _ATTENTION_BIAS_BY_DEFAULT)
+        attention_bias = bool(said) and family not in _NO_ATTENTION_BIAS
         positions = mapping.get("max_position_embeddings")
         return cls(
             model_type=family,
