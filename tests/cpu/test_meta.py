@@ -1,4 +1,4 @@
-"""`nemo_eaft.cpu.meta.on_meta_device`: everything that is created has a shape and no memory, and nothing stays behind."""
+"""`nemo_eaft.cpu.meta.on_meta_device`: all that is created has a shape and no memory, and nothing stays behind."""
 
 import pytest
 import torch

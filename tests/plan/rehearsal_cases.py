@@ -50,7 +50,7 @@ def settings_of(model: str, world: int, *, trainer: dict[str, Any] | None = None
     sizes = ParallelSettings(**parallel)
     per_node = min(world, 8)
     copies = world // sizes.model_ranks
-    values = {"num_nodes": world // per_node, "gpus_per_node": per_node}
+    values: dict[str, Any] = {"num_nodes": world // per_node, "gpus_per_node": per_node}
     values["global_batch_size"] = copies * 4 * sizes.pipeline
     return Settings(
         model=ModelSettings(hf=model),

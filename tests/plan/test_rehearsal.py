@@ -27,7 +27,7 @@ GIGABYTES = 1e9
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
     """What each variant built, by family and name."""
-    found = {}
+    found: dict[tuple[str, str], Any] = {}
     for family in ("qwen2", "qwen3_moe"):
         result = tmp_path_factory.mktemp("variants") / f"{family}.json"
         command = [sys.executable, "-m", "tests.plan.rehearsal_variants", str(result), family]
