@@ -64,6 +64,8 @@ def settings_of(model: str, world: int, *, trainer: dict[str, Any] | None = None
 
 TIED = settings_of("tiny", 8, tensor=2, pipeline=2, virtual_pipeline=2)
 """TP 2, PP 2, VPP 2, DP 2."""
+WHOLE_OPTIMIZER = settings_of("tiny", 4, tensor=2, trainer={"distributed_optimizer": False})
+"""TP 2, DP 2, every rank with the optimizer of all that it holds."""
 STAGES = settings_of("tiny", 4, pipeline=2, context=2, trainer={"precision": "fp32"})
 """PP 2, CP 2, float32."""
 EXPERTS = settings_of("tiny", 16, tensor=2, pipeline=2, expert=4, sequence=True)

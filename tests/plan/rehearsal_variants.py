@@ -98,6 +98,14 @@ def right() -> Any:
     return contextlib.nullcontext()
 
 
+def right_in_float32() -> Any:
+    return contextlib.nullcontext()
+
+
+def right_with_whole_optimizer() -> Any:
+    return contextlib.nullcontext()
+
+
 def qwen3_30b_a3b() -> Any:
     """The real one, right; here because NeMo's import takes as long as a small rehearsal."""
     return contextlib.nullcontext()
@@ -106,6 +114,8 @@ def qwen3_30b_a3b() -> Any:
 VARIANTS: dict[str, list[tuple[Fault, dict[str, Any], Settings]]] = {
     "qwen2": [
         (right, cases.QWEN2, cases.TIED),
+        (right_in_float32, cases.QWEN2, cases.STAGES),
+        (right_with_whole_optimizer, cases.QWEN2, cases.WHOLE_OPTIMIZER),
         (attached_everywhere, cases.QWEN2, cases.TIED),
         (attached_nowhere, cases.QWEN2, cases.TIED),
         (vocabulary_too_small, cases.QWEN2, cases.TIED),

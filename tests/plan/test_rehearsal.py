@@ -45,13 +45,19 @@ def faults(built: Any, hf_config: dict[str, Any], settings: Settings) -> dict[st
 
 
 @pytest.mark.parametrize(
-    "family, hf_config, settings",
-    [("qwen2", cases.QWEN2, cases.TIED), ("qwen3_moe", cases.QWEN3_MOE, cases.EXPERTS)],
+    "family, name, hf_config, settings",
+    [
+        ("qwen2", "right", cases.QWEN2, cases.TIED),
+        ("qwen2", "right_in_float32", cases.QWEN2, cases.STAGES),
+        ("qwen2", "right_with_whole_optimizer", cases.QWEN2, cases.WHOLE_OPTIMIZER),
+        ("qwen3_moe", "right", cases.QWEN3_MOE, cases.EXPERTS),
+    ],
 )
 def test_what_is_built_is_what_was_planned(
-    variants: dict[tuple[str, str], Any], family: str, hf_config: dict[str, Any], settings: Settings
+    variants: dict[tuple[str, str], Any], family: str, name: str, hf_config: dict[str, Any], settings: Settings
 ) -> None:
-    built = variants[family, "right"]
+    """To the byte, on models this small."""
+    built = variants[family, name]
     assert faults(built, hf_config, settings) == {}
     layout, shape = Layout.of(settings), ModelShape.from_hf(hf_config)
     assert len(built["ranks"]) == layout.tensor * layout.pipeline * layout.expert
