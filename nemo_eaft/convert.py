@@ -201,8 +201,8 @@ def convert_to_nemo(source: Path, output: Path, tokenizer: str | None = None, tr
     The weights keep their dtype. `output` also gets a folder `hf/` with configuration and tokenizer.
 
     Raises:
-        ValueError: no such model, no tokenizer, a family that cannot be converted, or a tokenizer with more tokens than the
-            model has rows.
+        ValueError: no such model, no tokenizer, a family that cannot be converted, or a tokenizer with more tokens
+            than the model has rows.
     """
     from transformers import AutoConfig, AutoTokenizer
 
