@@ -43,7 +43,10 @@ class GLM4Config(GPTConfig):
 
 @dataclass
 class GLM4Config9B(GLM4Config):
-    """GLM-4-9B-0414 and GLM-Z1-9B-0414: 9,400,279,040 parameters."""
+    """GLM-4-9B-0414 and GLM-Z1-9B-0414: 9,400,279,040 parameters.
+
+    Sizes: defaults of transformers 4.57, `models/glm4/configuration_glm4.py`.
+    """
 
     num_layers: int = 40
     hidden_size: int = 4096
@@ -53,7 +56,12 @@ class GLM4Config9B(GLM4Config):
 
 @dataclass
 class GLM4Config32B(GLM4Config):
-    """GLM-4-32B-0414 and GLM-Z1-32B-0414: 32,566,081,536 parameters. No biases at all."""
+    """GLM-4-32B-0414 and GLM-Z1-32B-0414: 32,566,081,536 parameters, none of them a bias.
+
+    Sizes: the models' metadata as llama.cpp prints it (32.57 B). Their 61 layers are a prime number: a pipeline needs
+    stages of different length (`num_layers_in_last_pipeline_stage`), and two key-value heads allow two tensor-parallel
+    ranks in megatron-core 0.15.3.
+    """
 
     num_layers: int = 61
     hidden_size: int = 6144
