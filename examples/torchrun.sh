@@ -10,6 +10,10 @@
 #   RESTARTS  how often all ranks are started again, from the newest checkpoint, when one failed or a machine was lost;
 #             default 0. A machine that is back gets the same line again; the others wait ten minutes for it.
 #
+# A rank or a machine that is lost ends the others: run.stall_seconds at the latest after it fell silent. Not so if HEAD
+# loses power: torchrun on the others then waits for its store for ever, when their ranks have ended (torch 2.13), and is
+# to be ended by hand. A batch system does that.
+#
 # run.dir, HF_HOME and NEMO_EAFT_HOME must be folders that all machines see. Machines with several networks may need
 # NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, and PET_LOCAL_ADDR where a machine's name is not that of its fast network.
 # Without this file that is two lines on each machine:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def test_a_machine_that_is_lost_and_comes_back(workshop: Workshop, tmp_path: Pat
         "PORT": str(free_port()),
     }
     command = [str(ROOT / "examples" / "torchrun.sh"), str(conf)]
+    timeline = [time.monotonic()]
     with rack(tmp_path) as machines:
         first, second = machines.boot(0), machines.boot(1)
         environment["HEAD"] = first.name
@@ -80,11 +82,11 @@ def test_a_machine_that_is_lost_and_comes_back(workshop: Workshop, tmp_path: Pat
             # A rank's half of the activations, back and forth, in each of the four layers.
             assert second.received() > 1_000_000
         second.lose_power()
-        began = time.monotonic()
+        timeline.append(time.monotonic())
         done = max(losses(run_dir))
         assert done < STEPS
         until((run_dir / launch.ERROR).exists, STALL_SECONDS + 30)
-        noticed = time.monotonic() - began
+        timeline.append(time.monotonic())
         error = json.loads((run_dir / launch.ERROR).read_text())
 
         # The agent of the machine that is left waits for the other one.
@@ -93,7 +95,11 @@ def test_a_machine_that_is_lost_and_comes_back(workshop: Workshop, tmp_path: Pat
         assert exit_code(agent, 200, *logs) == 0, logs[0].read_text()[-4000:]
         assert exit_code(again, 30, *logs) == 0, logs[1].read_text()[-4000:]
         assert lost.wait(10) != 0
-        print(f"noticed after {noticed:.1f} s; real: {machines.real}; {done} steps before; {error['message'][:200]}")
+        trained, noticed, ended = (later - earlier for earlier, later in pairwise([*timeline, time.monotonic()]))
+        print(
+            f"real machines: {machines.real}; {done} steps in {trained:.0f} s, the loss noticed after {noticed:.1f} s,"
+        )
+        print(f"ended {ended:.0f} s later; rank {error['rank']} {error['message']}")
 
     after = json.loads((run_dir / READY).read_text())
     assert before["resume_from"] is None
