@@ -21,7 +21,7 @@ from nemo_eaft.settings_checks import at_least as _at_least
 from nemo_eaft.settings_checks import check_together
 from nemo_eaft.settings_checks import finite as _finite
 from nemo_eaft.settings_checks import warn as _warn
-from nemo_eaft.settings_data import DataSettings
+from nemo_eaft.settings_data import DataSettings as DataSettings
 
 Gate = Literal[config.Gate, "stock"]
 

@@ -30,7 +30,7 @@ SOURCES = {
 }
 TARGETS = {
     "one": ("tp2", Layout(1, {}, {"micro_batch_size": 4}, {"fused_linear": True})),
-    "pp2": ("tp2", Layout(2, {"pipeline": 2}, {"micro_batch_size": 1})),
+    "pp2-uneven": ("tp2", Layout(2, {"pipeline": 2, "last_stage_layers": 1}, {"micro_batch_size": 1})),
     "dp2": ("tp2", Layout(2)),
     "tp2-sequence-recompute": ("tp2", Layout(2, {"tensor": 2, "sequence": True}, {"recompute": "full"})),
     "one-shared": ("tp2-dp2-shared", Layout(1, {}, SHARED)),
