@@ -78,8 +78,9 @@ def example(folder: Path, name: str, tensor: int = 1, pipeline: int = 1) -> dict
         return real_loss(loss_mask, output, **kwargs)
 
     def run(cfg: Any, step: Any) -> None:
+        cfg.tokenizer.tokenizer_model = str(folder / "hf")
         if not GPU:
-            settings_for_the_cpu(cfg, str(folder / "hf"))
+            settings_for_the_cpu(cfg)
         cfg.model.register_pre_wrap_hook(watch)
         cfg.logger.save_config_filepath = str(folder / name / "run_config.yaml")
         cfg.scheduler.lr_warmup_iters = 0
