@@ -196,6 +196,13 @@ def _check_config(config: Any, measure_only: bool) -> None:
             f"cfg.model.mtp_num_layers: {config.mtp_num_layers}; allowed: None. Bridge gives prediction heads no loss "
             "mask, so they would be trained on the labels outside it, which EAFT's forward_step takes away"
         )
+    # As requirements.py for NeMo: Megatron-LM's arguments.py refuses it, Bridge 0.3.1 does not.
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    if interleaved and config.pipeline_model_parallel_size == 2 and not config.overlap_p2p_comm:
+        raise ValueError(
+            "cfg.model.overlap_p2p_comm: False; allowed: True, with batch_p2p_comm=False, where a virtual pipeline has "
+            "two stages: batched, they exchange the wrong tensors"
+        )
     implementation = getattr(config, "cross_entropy_fusion_impl", "native")
     if config.cross_entropy_loss_fusion and implementation not in ("native", "te"):
         raise ValueError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.cpu import models
+from tests.examples import load_example
 from tests.nemo.ranks import run_ranks
 
 V = models.VOCAB_SIZE
@@ -24,8 +25,7 @@ V = models.VOCAB_SIZE
 
 def megatron_lm(*arguments: str, tensor: int = 1, tokenizer_size: int = V) -> Any:
     """The example with stand-ins for Megatron-LM's modules, its arguments parsed."""
-    import examples.megatron_lm as example
-
+    example = load_example("megatron_lm")
     parser = argparse.ArgumentParser()
     parser.add_argument("--calculate-per-token-loss", action="store_true")
     parser.add_argument("--ddp-average-in-collective", action="store_true")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.bridge.on_cpu import import_bridge, model_for_the_cpu, settings_for_the_cpu
 from tests.bridge.unit import unit
+from tests.examples import load_example
 
 STEPS = 3
 GPU = torch.cuda.is_available()
@@ -55,8 +56,7 @@ def example(folder: Path, name: str, tensor: int = 1, pipeline: int = 1) -> dict
     """
     from megatron.bridge.training import finetune, gpt_step
 
-    import examples.bridge_finetune as script
-
+    script = load_example("bridge_finetune")
     micro_batches: list[dict[str, Any]] = []
 
     def watch(model: list[Any]) -> list[Any]:
@@ -78,8 +78,9 @@ def example(folder: Path, name: str, tensor: int = 1, pipeline: int = 1) -> dict
         return real_loss(loss_mask, output, **kwargs)
 
     def run(cfg: Any, step: Any) -> None:
+        cfg.tokenizer.tokenizer_model = str(folder / "hf")
         if not GPU:
-            settings_for_the_cpu(cfg, str(folder / "hf"))
+            settings_for_the_cpu(cfg)
         cfg.model.register_pre_wrap_hook(watch)
         cfg.logger.save_config_filepath = str(folder / name / "run_config.yaml")
         cfg.scheduler.lr_warmup_iters = 0

@@ -64,8 +64,6 @@ def import_bridge() -> None:
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.optimizer
     import megatron.core.transformer.attention
-    import megatron.core.transformer.moe.moe_layer
-    import megatron.core.transformer.multi_token_prediction
     from megatron.core.tensor_parallel import random
 
     assert megatron.core.__version__ == "0.16.1"
@@ -77,8 +75,7 @@ def import_bridge() -> None:
     from megatron.bridge.training import initialize, setup
 
     assert version == "0.3.1"
-    believers = [name for name, module in sys.modules.items() if getattr(module, "HAVE_TE", False) is True]
-    assert not [name for name in believers if name.startswith("megatron.core.transformer")], believers
+    assert not megatron.core.transformer.attention.HAVE_TE
     real = initialize.initialize_megatron
     initialize.compile_helpers = lambda: None  # a C++ index of pretraining data, with a makefile that the wheel lacks
     setup.initialize_megatron = lambda **kwargs: real(**kwargs, allow_no_cuda=True)
@@ -121,11 +118,10 @@ def model_for_the_cpu(provider: Any) -> None:
     provider.sequence_parallel = False  # Megatron's plain norm refuses it
 
 
-def settings_for_the_cpu(cfg: Any, hf: str) -> None:
-    """A whole configuration for gloo in float32, with the tokenizer of `hf`."""
+def settings_for_the_cpu(cfg: Any) -> None:
+    """A whole configuration for gloo in float32."""
     model_for_the_cpu(cfg.model)
     cfg.mixed_precision = None
     cfg.optimizer.bf16, cfg.optimizer.params_dtype = False, torch.float32
     cfg.optimizer.use_distributed_optimizer = cfg.ddp.use_distributed_optimizer = False
     cfg.dist.distributed_backend = "gloo"
-    cfg.tokenizer.tokenizer_model = hf

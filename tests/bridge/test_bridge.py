@@ -190,6 +190,7 @@ REFUSALS = {
     "schedule plan": "ValueError: cfg.model.overlap_moe_expert_parallel_comm: True; allowed: False",
     "full-iteration graph": "ValueError: cfg.model.cuda_graph_scope: full_iteration; allowed: any other",
     "prediction heads": "ValueError: cfg.model.mtp_num_layers: 1; allowed: None.",
+    "virtual pipeline": "ValueError: cfg.model.overlap_p2p_comm: False; allowed: True, with batch_p2p_comm=False",
     "no vocabulary size": "ValueError: vocab_size: the model's configuration does not name one",
     "vocabulary too large": "ValueError: vocab_size: 1000; allowed: 2 to 256",
     "hook twice": "ValueError: model: GPTModel.compute_language_model_loss is replaced already",
