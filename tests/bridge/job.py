@@ -82,7 +82,7 @@ def example(folder: Path, name: str, tensor: int = 1, pipeline: int = 1) -> dict
         if not GPU:
             settings_for_the_cpu(cfg)
         cfg.model.register_pre_wrap_hook(watch)
-        cfg.logger.save_config_filepath = str(folder / name / "run_config.yaml")
+        cfg.logger.save_config_filepath = str(folder / f"{name}.yaml")
         cfg.scheduler.lr_warmup_iters = 0
         cfg.optimizer.lr = 1e-2
         finetune.finetune(cfg, step)
