@@ -41,13 +41,7 @@ def configuration() -> ConfigContainer:
     cfg.model.pipeline_model_parallel_size = arguments.pipeline_parallel
     cfg.model.sequence_parallel = arguments.tensor_parallel > 1
     cfg.model.seq_length = arguments.seq_length
-    cfg.dataset = FinetuningDatasetConfig(
-        dataset_root=arguments.data,
-        seq_length=arguments.seq_length,
-        num_workers=0,
-        persistent_workers=False,
-        do_test=False,
-    )
+    cfg.dataset = FinetuningDatasetConfig(dataset_root=arguments.data, seq_length=arguments.seq_length, do_test=False)
     cfg.train.train_iters = arguments.steps
     cfg.train.micro_batch_size = arguments.micro_batch_size
     cfg.train.global_batch_size = arguments.global_batch_size

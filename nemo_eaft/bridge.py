@@ -88,8 +88,9 @@ def forward_step(
     validation `lm loss` is plain cross-entropy, and nothing is added.
 
     Raises:
-        ValueError: a label of `ignore_index` where the loss mask is 1.
-        RuntimeError: no hook was registered, or its loss was replaced since; gradients would be averaged.
+        ValueError: a label of `ignore_index` where the loss mask is 1; gradients would be averaged
+            (`average_in_collective`), or FSDP would sum them.
+        RuntimeError: no hook was registered, or its loss was replaced since.
     """
     _check_built(state.cfg, model)
     loss = _loss_of(model)
@@ -184,7 +185,7 @@ def _check_config(config: Any, measure_only: bool) -> None:
     # count the calls.
     if getattr(config, "overlap_moe_expert_parallel_comm", False):
         raise ValueError(
-            "cfg.model.overlap_moe_expert_parallel_comm: True; allowed: False, as it bypasses model.forward"
+            "cfg.model.overlap_moe_expert_parallel_comm: True; allowed: False, as it bypasses the model's forward"
         )
     scopes = [getattr(scope, "name", scope) for scope in getattr(config, "cuda_graph_scope", None) or []]
     if getattr(config, "cuda_graph_impl", "none") == "local" and "full_iteration" in scopes:
@@ -196,7 +197,7 @@ def _check_config(config: Any, measure_only: bool) -> None:
             f"cfg.model.mtp_num_layers: {config.mtp_num_layers}; allowed: None. Bridge gives prediction heads no loss "
             "mask, so they would be trained on the labels outside it, which EAFT's forward_step takes away"
         )
-    # As requirements.py for NeMo: Megatron-LM's arguments.py refuses it, Bridge 0.3.1 does not.
+    # As requirements.py for NeMo; Megatron-LM's arguments.py refuses it, Bridge 0.3.1 (training/config.py) does not.
     interleaved = config.virtual_pipeline_model_parallel_size is not None
     if interleaved and config.pipeline_model_parallel_size == 2 and not config.overlap_p2p_comm:
         raise ValueError(

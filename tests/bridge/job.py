@@ -81,8 +81,9 @@ def example(folder: Path, name: str, tensor: int = 1, pipeline: int = 1) -> dict
         cfg.tokenizer.tokenizer_model = str(folder / "hf")
         if not GPU:
             settings_for_the_cpu(cfg)
+        cfg.dataset.num_workers, cfg.dataset.persistent_workers = 0, False
         cfg.model.register_pre_wrap_hook(watch)
-        cfg.logger.save_config_filepath = str(folder / name / "run_config.yaml")
+        cfg.logger.save_config_filepath = str(folder / f"{name}.yaml")
         cfg.scheduler.lr_warmup_iters = 0
         cfg.optimizer.lr = 1e-2
         finetune.finetune(cfg, step)

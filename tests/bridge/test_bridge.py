@@ -173,7 +173,7 @@ def test_two_ranks_train_as_one(two_ranks: Path, one: Run, layout: str) -> None:
 
 
 def test_nothing_of_ours_enters_the_configuration_that_bridge_writes(one: Run, folder: Path) -> None:
-    written = (one.folder / "run_config.yaml").read_text()
+    written = (folder / "one.yaml").read_text()
     assert "calculate_per_token_loss: true" in written
     saved = [path for path in one.folder.rglob("run_config.yaml") if "checkpoints" in path.parts]
     assert saved, "Bridge writes the configuration into each checkpoint"
@@ -192,7 +192,7 @@ REFUSALS = {
     "prediction heads": "ValueError: cfg.model.mtp_num_layers: 1; allowed: None.",
     "virtual pipeline": "ValueError: cfg.model.overlap_p2p_comm: False; allowed: True, with batch_p2p_comm=False",
     "no vocabulary size": "ValueError: vocab_size: the model's configuration does not name one",
-    "vocabulary too large": "ValueError: vocab_size: 1000; allowed: 2 to 256",
+    "vocabulary too large": "ValueError: vocab_size: 1000; allowed: 2 to 252",
     "hook twice": "ValueError: model: GPTModel.compute_language_model_loss is replaced already",
     "average_in_collective": "ValueError: cfg.ddp.average_in_collective: True; allowed: False.",
     "average_in_collective in DDP": "AssertionError: Cannot average in collective when calculating per-token loss!",
@@ -218,11 +218,10 @@ def test_what_would_train_something_else_is_refused(folder: Path) -> None:
 def test_one_micro_batch(folder: Path) -> None:
     """A padded model: EAFT, its gradient, and alpha = 0 beside Bridge's own step."""
     seen = torch.load(folder / "refusals-0.pt", weights_only=True)["micro_batch"]
-    assert seen["padded vocabulary"] == 256
+    assert seen["padded vocabulary"] == 252
     assert seen["loss"] == pytest.approx(seen["loss by formula"], rel=1e-6)
     assert seen["tokens"] == seen["tokens in report"]
-    assert seen["gradient, largest difference"] < 1e-5
-    assert seen["gradient, largest"] > 1e-2
+    assert seen["gradient, relative difference"] < 1e-5
     # Bridge's own step counts the padding columns, unless they cannot be predicted.
     assert seen["alpha 0"] == pytest.approx(seen["bridge without padding"], rel=1e-6)
     assert abs(seen["alpha 0"] - seen["bridge"]) > 1e-4
