@@ -34,7 +34,7 @@ class Layout:
             context=parallel.context,
             expert=parallel.expert,
             sequence=parallel.sequence,
-            last_stage_layers=getattr(parallel, "last_stage_layers", None),
+            last_stage_layers=parallel.last_stage_layers,
         )
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 from nemo_eaft.hf_model import check_layout
@@ -13,10 +12,8 @@ from nemo_eaft.plan.hardware import Hardware
 from nemo_eaft.plan.layout import Layout
 from nemo_eaft.plan.plan import RECOMPUTES, Plan, changed
 from nemo_eaft.plan.shape import ModelShape
-from nemo_eaft.settings import ParallelSettings, Settings
+from nemo_eaft.settings import Settings
 
-# Whether settings can give the last stage another number of layers.
-_UNEVEN = "last_stage_layers" in {entry.name for entry in fields(ParallelSettings)}
 _ORDER = ("fits", "tight", "does not fit")
 
 
@@ -80,8 +77,7 @@ def _legal(
     stages = _stages(shape.num_hidden_layers)
     for tensor, (pipeline, last), expert in itertools.product(_powers(per_node), stages, experts):
         parallel: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": None, "expert": expert}
-        if _UNEVEN:
-            parallel["last_stage_layers"] = last
+        parallel["last_stage_layers"] = last
         for recompute in recomputes:
             try:
                 run = changed(
@@ -99,8 +95,6 @@ def _stages(layers: int) -> list[tuple[int, int | None]]:
     """Numbers of stages, and layers of the last one where it has fewer than the others: the divisors of ``layers``, and
     powers of two that leave the last stage with at least half of the others' layers."""
     found: list[tuple[int, int | None]] = [(number, None) for number in range(1, layers + 1) if layers % number == 0]
-    if not _UNEVEN:
-        return found
     for number in _powers(layers)[1:]:
         each = -(-layers // number)
         last = layers - each * (number - 1)

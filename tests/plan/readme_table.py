@@ -21,9 +21,12 @@ MODELS = (
     "Qwen/Qwen3-4B-Instruct-2507",
     "Qwen/Qwen2.5-7B-Instruct",
     "Qwen/Qwen3-8B",
+    "THUDM/GLM-4-9B-0414",
     "Qwen/Qwen3-14B",
     "Qwen/Qwen3-30B-A3B",
+    "Qwen/Qwen2.5-32B-Instruct",
     "Qwen/Qwen3-32B",
+    "THUDM/GLM-4-32B-0414",
 )
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 WORDS = ("trainer.seq_length=4096", "trainer.global_batch_size=512")
