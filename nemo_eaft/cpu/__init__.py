@@ -3,7 +3,7 @@
 `enable()` makes CUDA assumptions of the upstream libraries mean the CPU, one commented patch for each (see
 `torch_cuda.py`, `megatron_patches.py`, `nemo_patches.py`), and gives Megatron's local layer specification what it
 lacks: a norm for sequence parallelism and attention over packed sequences. Collectives run on gloo. Nothing else in
-nemo_eaft knows about this package.
+nemo_eaft knows about this package. With `meta.py` models are built, but not run, without memory.
 
     import nemo_eaft.cpu
     nemo_eaft.cpu.enable()      # before NeMo or Megatron-Core is imported

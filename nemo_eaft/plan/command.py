@@ -77,7 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_layout(settings, shape)
     plan = Plan(settings, shape, hardware, arguments.attention)
     others = [] if plan.verdict == "fits" else nearest(plan)
-    rehearsal = rehearse(settings, plan.fused_linear) if arguments.rehearse else None
+    rehearsal = None
+    if arguments.rehearse:
+        print("nemo-eaft: NeMo builds every kind of rank; half a minute, or a few", file=sys.stderr, flush=True)
+        rehearsal = rehearse(settings, plan.fused_linear)
     if arguments.json:
         mapping = as_mapping(plan) | {"nearest_that_fit": [summary(other) for other in others]}
         _print_json(mapping if rehearsal is None else mapping | {"rehearsal": rehearsal.as_mapping()})
