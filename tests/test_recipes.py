@@ -26,6 +26,8 @@ class Published(NamedTuple):
     layers: int
     heads: int
     kv_heads: int
+    width: int
+    """Of a feed-forward layer, or of one expert."""
     vocab_size: int
     parameters: float
     """Billions."""
@@ -35,18 +37,18 @@ class Published(NamedTuple):
 
 
 RECIPES = {
-    "qwen3-4b-instruct-2507": Published("Qwen/Qwen3-4B-Instruct-2507", "qwen3", 36, 32, 8, 151936, 4.02),
-    "qwen3-4b-thinking-2507": Published("Qwen/Qwen3-4B-Thinking-2507", "qwen3", 36, 32, 8, 151936, 4.02),
-    "qwen3-8b": Published("Qwen/Qwen3-8B", "qwen3", 36, 32, 8, 151936, 8.19),
-    "qwen3-32b": Published("Qwen/Qwen3-32B", "qwen3", 64, 64, 8, 151936, 32.76),
+    "qwen3-4b-instruct-2507": Published("Qwen/Qwen3-4B-Instruct-2507", "qwen3", 36, 32, 8, 9728, 151936, 4.02),
+    "qwen3-4b-thinking-2507": Published("Qwen/Qwen3-4B-Thinking-2507", "qwen3", 36, 32, 8, 9728, 151936, 4.02),
+    "qwen3-8b": Published("Qwen/Qwen3-8B", "qwen3", 36, 32, 8, 12288, 151936, 8.19),
+    "qwen3-32b": Published("Qwen/Qwen3-32B", "qwen3", 64, 64, 8, 25600, 151936, 32.76),
     # 48 layers x 128 experts x 3 matrices of 2048 x 768.
-    "qwen3-30b-a3b": Published("Qwen/Qwen3-30B-A3B", "qwen3_moe", 48, 32, 4, 151936, 30.53, 128, 28.99),
-    "qwen2.5-7b": Published("Qwen/Qwen2.5-7B-Instruct", "qwen2", 28, 28, 4, 152064, 7.62),
-    "qwen2.5-14b": Published("Qwen/Qwen2.5-14B-Instruct", "qwen2", 48, 40, 8, 152064, 14.77),
-    "qwen2.5-32b": Published("Qwen/Qwen2.5-32B-Instruct", "qwen2", 64, 40, 8, 152064, 32.76),
-    "glm-4-9b-0414": Published("THUDM/GLM-4-9B-0414", "glm4", 40, 32, 2, 151552, 9.40),
-    "glm-4-32b-0414": Published("THUDM/GLM-4-32B-0414", "glm4", 61, 48, 2, 151552, 32.57),
-    "smollm2-135m": Published("HuggingFaceTB/SmolLM2-135M-Instruct", "llama", 30, 9, 3, 49152, 0.135),
+    "qwen3-30b-a3b": Published("Qwen/Qwen3-30B-A3B", "qwen3_moe", 48, 32, 4, 768, 151936, 30.53, 128, 28.99),
+    "qwen2.5-7b": Published("Qwen/Qwen2.5-7B-Instruct", "qwen2", 28, 28, 4, 18944, 152064, 7.62),
+    "qwen2.5-14b": Published("Qwen/Qwen2.5-14B-Instruct", "qwen2", 48, 40, 8, 13824, 152064, 14.77),
+    "qwen2.5-32b": Published("Qwen/Qwen2.5-32B-Instruct", "qwen2", 64, 40, 8, 27648, 152064, 32.76),
+    "glm-4-9b-0414": Published("THUDM/GLM-4-9B-0414", "glm4", 40, 32, 2, 13696, 151552, 9.40),
+    "glm-4-32b-0414": Published("THUDM/GLM-4-32B-0414", "glm4", 61, 48, 2, 23040, 151552, 32.57),
+    "smollm2-135m": Published("HuggingFaceTB/SmolLM2-135M-Instruct", "llama", 30, 9, 3, 1536, 49152, 0.135),
 }
 
 
@@ -58,6 +60,7 @@ class Config:
         self.num_hidden_layers = published.layers
         self.num_attention_heads = published.heads
         self.num_key_value_heads = published.kv_heads
+        self.intermediate_size = published.width
         self.vocab_size = published.vocab_size
         self.num_experts = published.experts or None
 
