@@ -55,7 +55,7 @@ def import_bridge() -> None:
     torch.cuda.device_count = lambda: 8
     torch.cuda.set_device = torch.cuda.reset_peak_memory_stats = lambda *_: None
     torch.cuda.Stream = _Stream  # type: ignore[misc, assignment]
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda *_: _Stream()  # type: ignore[assignment, return-value]
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *_: _Stream()  # type: ignore[assignment]
     torch.cuda.memory_stats = lambda *_: {}
     torch.cuda.set_rng_state = lambda state, *_: torch.set_rng_state(state)
     # Megatron-Core before the placeholders: it has plain layers of its own where Transformer Engine is not installed.
