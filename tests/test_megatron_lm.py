@@ -112,7 +112,7 @@ def test_loss_report_and_gradient_are_by_definition() -> None:
 def refusals() -> list[str]:
     models.start()
     said = []
-    for arguments in ([], ["--calculate-per-token-loss", "--ddp-average-in-collective"]):
+    for arguments in ((), ("--calculate-per-token-loss", "--ddp-average-in-collective")):
         with pytest.raises(ValueError, match="EAFT needs") as error:
             megatron_lm(*arguments).model_provider()
         said.append(str(error.value))
