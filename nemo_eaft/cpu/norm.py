@@ -75,7 +75,8 @@ def build_norm(
         raise ValueError("layernorm_zero_centered_gamma: True; the CPU backend has no zero-centred norm (Gemma)")
     if config.memory_efficient_layer_norm:
         raise ValueError("memory_efficient_layer_norm: True; the CPU backend has none (it is Apex's)")
-    norm = kinds[config.normalization](hidden_size, eps=eps)
+    # As Transformer Engine's: an import checks that every weight keeps the dtype that the model was built with.
+    norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
     if config.num_moe_experts:
         norm.fused_names = FUSED_NORM_NAMES_OF_EXPERTS
     for parameter in norm.parameters():

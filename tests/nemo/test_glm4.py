@@ -9,6 +9,7 @@ import torch
 
 from tests.nemo import glm4_jobs, jobs
 from tests.nemo.conftest import Workshop
+from tests.nemo.models import save_tokenizer
 from tests.nemo.ranks import run_ranks
 from tests.nemo.test_conversion import read_config
 
@@ -49,6 +50,19 @@ def test_there_and_back_changes_nothing(workshop: Workshop, name: str, tmp_path:
         assert read_config(tmp_path / "hf", file) == read_config(source, file)
 
 
+@pytest.mark.parametrize("family", ["glm4", "qwen2"])
+def test_bfloat16_there_and_back(workshop: Workshop, family: str, tmp_path: Path) -> None:
+    """What is published is bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_pretrained(workshop.hf(family), dtype=torch.bfloat16).save_pretrained(source)
+    save_tokenizer(source)
+    run_ranks(jobs.to_nemo, 1, source, tmp_path / "nemo")
+    run_ranks(jobs.to_hf, 1, tmp_path / "nemo", tmp_path / "hf", tmp_path / "nemo" / "hf")
+    assert_same_model(source, tmp_path / "hf", torch.bfloat16)
+
+
 def test_there_and_back_by_nemo_alone(workshop: Workshop, tmp_path: Path) -> None:
     """A script has NeMo's own functions; what the exporter knows is then only in the checkpoint."""
     source = workshop.hf("glm4")
@@ -57,7 +71,7 @@ def test_there_and_back_by_nemo_alone(workshop: Workshop, tmp_path: Path) -> Non
     assert read_config(tmp_path / "hf", "config.json") == read_config(source, "config.json")
 
 
-def assert_same_model(source: Path, output: Path) -> None:
+def assert_same_model(source: Path, output: Path, dtype: torch.dtype = torch.float32) -> None:
     """The same weights to the bit, and nothing missing when it is loaded."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -65,10 +79,10 @@ def assert_same_model(source: Path, output: Path) -> None:
     before, after = (load_file(folder / "model.safetensors") for folder in (source, output))
     assert before.keys() == after.keys()
     for key, tensor in before.items():
-        assert after[key].dtype == tensor.dtype == torch.float32, key
+        assert after[key].dtype == tensor.dtype == dtype, key
         assert torch.equal(after[key], tensor), key
     model, loading = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
-    assert type(model).__name__ == "Glm4ForCausalLM"
+    assert type(model).__name__ == read_config(source, "config.json")["architectures"][0]
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
 
