@@ -116,7 +116,7 @@ def refusals() -> list[str]:
         with pytest.raises(ValueError, match="EAFT needs") as error:
             megatron_lm(*arguments).model_provider()
         said.append(str(error.value))
-    for arguments, size in (["--vocab-size", "33"], 29), ([], 33):
+    for arguments, size in (("--vocab-size", "33"), 29), ((), 33):
         with pytest.raises(ValueError, match="allowed") as error:
             megatron_lm("--calculate-per-token-loss", *arguments, tokenizer_size=size).model_provider()
         said.append(str(error.value))
