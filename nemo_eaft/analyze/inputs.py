@@ -52,14 +52,13 @@ def settings_of(model: str, data: str, overrides: Sequence[str]) -> tuple[Settin
 
 def _check(settings: Settings) -> None:
     parallel = settings.parallel
-    for key, value, allowed in (
-        ("data.packed", settings.data.packed, False),
-        ("parallel.context", parallel.context, 1),
-        ("parallel.virtual_pipeline", parallel.virtual_pipeline, None),
+    for key, value, wrong, allowed in (
+        ("data.packed", "true", settings.data.packed, "false"),
+        ("parallel.context", parallel.context, parallel.context > 1, 1),
+        ("parallel.virtual_pipeline", parallel.virtual_pipeline, parallel.virtual_pipeline is not None, "null"),
     ):
-        if value != allowed:
-            spelled = {False: "false", None: "null"}.get(allowed, allowed)
-            raise ValueError(f"{key}={value}: analyze takes rows one by one and whole; allowed is {spelled}")
+        if wrong:
+            raise ValueError(f"{key}={value}: analyze takes rows one by one and whole; allowed is {allowed}")
     if settings.loss.fused_linear is True:
         raise ValueError("loss.fused_linear=true: analyze needs the logits; allowed are false and auto")
     if settings.data.validation is not None:

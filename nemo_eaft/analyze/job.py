@@ -97,7 +97,8 @@ def _rank(settings: Settings, weights: Path | None, rank: int, ranks: int) -> in
 
 
 def _report(settings: Settings, ready: Ready) -> None:
-    from nemo_eaft.analyze.report import PAGE, PICTURE, write_report
+    from nemo_eaft.analyze.page import FILE as PAGE
+    from nemo_eaft.analyze.report import PICTURE, write_report
     from nemo_eaft.analyze.summary import FILE
 
     run_dir = Path(settings.run.dir)

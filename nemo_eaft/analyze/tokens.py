@@ -48,8 +48,8 @@ class Tokens:
     def conflicts(self, config: EAFTConfig) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Where the model is sure and the label disagrees."""
         # In float32, as the loss decides it.
-        values = (torch.from_numpy(value.astype(np.float32)) for value in (self.cross_entropy, self.entropy_ratio))
-        return is_conflict(*values, config).numpy()
+        ratio = torch.from_numpy(self.entropy_ratio.astype(np.float32))
+        return is_conflict(torch.from_numpy(self.cross_entropy.astype(np.float32)), ratio, config).numpy()
 
     def suppressed(self) -> Floats:
         """What the certainty of the model takes off the push of a token: gradient * (1 - entropy ratio), 0 at least."""
@@ -95,6 +95,9 @@ class RowTokens:
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> RowTokens:
         """What `to_json` gave."""
-        kinds = {"position": np.int64, "top": np.int64}
-        values = {name: np.array(value, dtype=kinds.get(name, np.float64)) for name, value in plain["values"].items()}
+        whole = ("position", "top")
+        values: dict[str, Any] = {
+            name: np.array(value, dtype=np.int64 if name in whole else np.float64)
+            for name, value in plain["values"].items()
+        }
         return cls(plain["row"], plain["first"], list(plain["ids"]), Tokens(**values))

@@ -117,7 +117,7 @@ def percentile(counts: Integers, edges: Floats, part: float) -> float:
         return 0.0
     below = np.concatenate(([0], np.cumsum(counts)))
     wanted = part * total
-    place = int(min(np.searchsorted(below[1:], wanted, side="left"), len(counts) - 1))
+    place = min(int(np.searchsorted(below[1:], wanted, side="left")), len(counts) - 1)
     # Of bins without a token the first that has one.
     place = max(place, int(np.flatnonzero(counts)[0]))
     inside = (wanted - below[place]) / max(int(counts[place]), 1)

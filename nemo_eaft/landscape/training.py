@@ -71,7 +71,9 @@ class TrainingLandscape:
         counts = count(seen.out, seen.valid, self._config, self._vocab_size)
         self._counts = counts if self._counts is None else self._counts + counts
 
-    def end_step(self, device: torch.device, data_group: Any, pipeline_group: Any, last_stage: int) -> Tensor | None:
+    def end_step(
+        self, device: torch.device, data_group: Any, pipeline_group: Any, last_stage: int | None
+    ) -> Tensor | None:
         """The counts of the global batch, the same on every rank; None in a step that is not counted.
 
         Every rank calls it. Collectives as of `metrics.reduce_sums`, in counted steps alone.
