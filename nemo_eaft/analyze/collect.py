@@ -37,14 +37,21 @@ class CollectTokens(Callback):
         config: of the loss.
         vocab_size: the true vocabulary size.
         batches: global batches that will come.
+        begin: called when the first one is about to.
         save: called on every rank with what the batches since the last call gave, one tally for each rank that
             collected, in the order of ranks; and with the number of global batches done.
     """
 
     def __init__(
-        self, config: EAFTConfig, vocab_size: int, batches: int, save: Callable[[list[Tally], int], None]
+        self,
+        config: EAFTConfig,
+        vocab_size: int,
+        batches: int,
+        begin: Callable[[], None],
+        save: Callable[[list[Tally], int], None],
     ) -> None:
-        self._config, self._vocab_size, self._batches, self._save = config, vocab_size, batches, save
+        self._config, self._vocab_size, self._batches = config, vocab_size, batches
+        self._begin, self._save = begin, save
         self._bins = Bins.of(config, vocab_size)
         self._loss: AttachedLoss | None = None
         self._tally = Tally()
@@ -61,6 +68,7 @@ class CollectTokens(Callback):
                 loss.requires_loss_mask = loss.weigh_validation = True
                 loss.observer = self._see
                 self._loss = loss
+        self._begin()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the model its own loss back."""

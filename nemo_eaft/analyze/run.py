@@ -49,7 +49,7 @@ def analyze(settings: Settings, ready: Ready) -> bool:
     model = build_model(settings, ready.checkpoint)
     vocab_size = imported_vocab_size(ready.checkpoint) or true_vocab_size(model)
     progress = _Progress(settings, so_far, rows)
-    collect = CollectTokens(settings.loss.eaft_config(), vocab_size, batches, progress.save)
+    collect = CollectTokens(settings.loss.eaft_config(), vocab_size, batches, progress.begin, progress.save)
     data = build_rows(settings, run_dir / "data", model.tokenizer, so_far.rows_done)
     trainer = _trainer(settings, batches)
     trainer.callbacks.append(collect)
@@ -74,10 +74,14 @@ class _Progress:
 
     def __init__(self, settings: Settings, state: states.State, rows: int) -> None:
         self._settings, self._state, self._rows = settings, state, rows
-        self._first, self._started = state.tally.tokens, time.perf_counter()
+        self._first, self._started = state.tally.read, time.perf_counter()
         self._start = state.rows_done
         self._bar: Any = None
         self._task: Any = None
+
+    def begin(self) -> None:
+        """The model is there: from now on it is timed."""
+        self._started = time.perf_counter()
 
     def save(self, tallies: list[Tally], batches: int) -> None:
         """`CollectTokens.save`, on every rank."""
@@ -114,13 +118,17 @@ class _Progress:
             self._task = self._bar.add_task("", total=self._rows, completed=self._start, rate="")
             self._bar.start()
         seconds = time.perf_counter() - self._started
-        rate = f"{(self._state.tally.tokens - self._first) / seconds:.0f} tokens/s"
+        rate = f"{(self._state.tally.read - self._first) / seconds:.0f} tokens/s"
         self._bar.update(self._task, completed=self._state.rows_done, rate=rate)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.stop()
+        """Leave the bar as it is, and say how fast it went."""
+        if self._bar is None:
+            return
+        self._bar.stop()
+        seconds, read = time.perf_counter() - self._started, self._state.tally.read - self._first
+        rows, rate = self._state.rows_done - self._start, read / seconds
+        print(f"analyze: {rows} rows, {read} tokens in {seconds:.1f} s: {rate:.0f} tokens/s", flush=True)
 
 
 def _trainer(settings: Settings, batches: int) -> Any:

@@ -39,6 +39,7 @@ def summarise(tally: Tally, settings: Settings, model: str, vocab_size: int) -> 
         "model": model,
         "data": settings.data.train,
         "rows": tally.rows,
+        "tokens_read": tally.read,
         "tokens": tally.tokens,
         "tokens_not_finite": tally.not_finite,
         "vocab_size": vocab_size,

@@ -46,6 +46,8 @@ class Tally:
     """See the module. Gradients are norms at the logits (`logit_gradient`), added up over tokens."""
 
     rows: int = 0
+    read: int = 0
+    """Tokens of the rows, prompts included; padding is not."""
     tokens: int = 0
     """Tokens in the loss whose values are finite."""
     not_finite: int = 0
@@ -72,6 +74,7 @@ class Tally:
         """Take in one row."""
         finite = row.values.finite()
         self.rows += 1
+        self.read += len(row.ids)
         self.not_finite += int((~finite).sum())
         row = row.of(finite)
         values = row.values

@@ -38,7 +38,7 @@ def test_sums_by_hand() -> None:
     for (total, conflicts), alpha in zip(tally.by_alpha, ALPHAS, strict=True):
         assert conflicts == pytest.approx(0.05**alpha * 1.3)
         assert total == pytest.approx(0.05**alpha * 1.3 + 0.02**alpha * 0.01 + 0.8**alpha * 0.8)
-    assert tally.grid.sum() == 3
+    assert (tally.grid.sum(), tally.read) == (3, 7)
     assert [found.row for found in tally.top_rows] == [0]
     assert tally.top_tokens[0].values.position.tolist() == [2]
 
