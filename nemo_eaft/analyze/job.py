@@ -62,6 +62,11 @@ def _make_ready(settings: Settings, weights: Path | None) -> Ready:
     if not settings.run.resume:
         (run_dir / states.FILE).unlink(missing_ok=True)
     done = states.load(settings, ready).rows_done
+    if done == 0 and (run_dir / states.FILE).exists():
+        print(
+            f"analyze: starts anew, {run_dir / states.FILE} is of other rows or weights or cannot be read", flush=True
+        )
+        (run_dir / states.FILE).unlink()
     if 0 < done < prepared.train_samples:
         print(f"analyze: goes on after {done} of {prepared.train_samples} rows", flush=True)
     ready = replace(ready, finished=done == prepared.train_samples)

@@ -54,10 +54,8 @@ def load(settings: Settings, ready: Ready) -> State:
         plain = json.loads((Path(settings.run.dir) / FILE).read_text(encoding="utf-8"))
         if plain["identity"] == wanted:
             return State(wanted, plain["rows_done"], Tally.from_json(plain["tally"]))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
-    except (ValueError, KeyError, TypeError):
-        print(f"{Path(settings.run.dir) / FILE} cannot be read: the analysis starts anew", flush=True)
     return State(wanted, 0, Tally())
 
 

@@ -50,7 +50,7 @@ class TrainingLandscape:
     def __init__(self, config: EAFTConfig, vocab_size: int, every: int) -> None:
         self._config, self._vocab_size, self._every = config, vocab_size, every
         self._counts: Tensor | None = None
-        self._due = False
+        self._due = self._laid_out = False
         self._path: Path | None = None
 
     def open(self, run_dir: Path, step: int) -> None:
@@ -101,7 +101,7 @@ class TrainingLandscape:
         for logger in loggers:
             logger.log_metrics({f"eaft/{name}": value for name, value in percentiles.items()}, step=step)
             board = getattr(logger, "experiment", None)
-            if hasattr(board, "add_histogram_raw") and hasattr(board, "add_figure"):
+            if hasattr(board, "add_histogram_raw") and hasattr(board, "add_image"):
                 try:
                     self._to_tensorboard(board, step, metrics, grid, ratios, weights)
                 except Exception as error:
@@ -114,7 +114,9 @@ class TrainingLandscape:
         from nemo_eaft.landscape.plot import Picture, draw
 
         bins = Bins.of(self._config, self._vocab_size)
-        board.add_custom_scalars(_LAYOUT)
+        if not self._laid_out:
+            board.add_custom_scalars(_LAYOUT)
+            self._laid_out = True
         for name, counts, edges in (
             ("entropy", ratios, bins.ratio_edges()),
             ("weight", weights, bins.weight_edges()),

@@ -121,3 +121,10 @@ def test_a_damaged_checkpoint_and_a_missing_file_are_told_before_anything_is_wri
     whole = str(trained / "checkpoints" / "model-step=1")
     assert cli.main(["analyze", whole, rows, *words]) == 1
     assert started[:2] == [whole, rows]
+    # A state that is none is told, and gone.
+    left = Path("runs/analyze-run-model-step=1/analyze.state.json")
+    left.write_text("{")
+    capsys.readouterr()
+    assert cli.main(["analyze", whole, rows, *words]) == 1
+    assert "starts anew" in capsys.readouterr().out
+    assert not left.exists()

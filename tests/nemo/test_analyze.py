@@ -47,7 +47,9 @@ class Bench:
 
         parallel = changes.get("parallel", {})
         copies = world // math.prod(parallel.values())
-        trainer = {"gpus_per_node": world, "micro_batch_size": 2, "global_batch_size": 2 * copies}
+        # Over data-parallel ranks each cuts its part of a batch into two micro-batches.
+        batch = 2 * copies * (2 if copies > 1 else 1)
+        trainer = {"gpus_per_node": world, "micro_batch_size": 2, "global_batch_size": batch}
         hf, run_dir = self.workshop.hf("llama"), self.workshop.root / "runs" / name
         data = {"validation": None}
         settings = models.run_settings(hf, self.rows, run_dir, trainer=trainer, data=data, parallel=parallel)
@@ -176,6 +178,7 @@ def test_from_the_shell(bench: Bench, one: State, tmp_path: Path, capfd: pytest.
     assert found["mean"]["cross_entropy"] == one.tally.sums[0] / one.tally.tokens
     os.unlink(tmp_path / "run" / "analysis.json")
     assert cli.main(words) == 0
+    assert "goes on" not in capfd.readouterr().out
     assert (tmp_path / "run" / "analysis.json").read_bytes() == first
     assert cli.main([*words, "loss.alpha=2"]) == 2
     assert "loss.alpha: 1.0 -> 2.0" in capfd.readouterr().err
