@@ -47,6 +47,7 @@ def write_page(
         f"({conflicts['share_of_gated_gradient']:.1%} with {_gate(config)})."
     )
     title = f"Confident conflicts of {summary['model']} on {Path(summary['data']).name}"
+    advice = str(summary["advice"]["text"])
     none = "<p>No token is a confident conflict.</p>"
     return f"""<!doctype html>
 <html lang="en">
@@ -61,7 +62,7 @@ def write_page(
 <body>
 <h1>{html.escape(title)}</h1>
 <p>{html.escape(facts)}</p>
-<p><strong>{html.escape(str(summary["advice"]["text"]))}</strong></p>
+<p><strong>{html.escape(advice[:1].upper() + advice[1:])}.</strong></p>
 <p class="legend"><span>weight 0 <i class="swatch"></i> 1</span>
 <span class="t c" style="--w:0">confident conflict</span>
 <span class="prompt">grey: prompt, not in the loss</span></p>

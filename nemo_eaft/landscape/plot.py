@@ -76,16 +76,15 @@ def draw(picture: Picture) -> Figure:
     right, top = min(config.conflict_entropy, bins.highest_ratio), config.conflict_probability
     frame = Rectangle((0, 0), right, top, fill=False, edgecolor=_ORANGE, linewidth=2.5, clip_on=False, zorder=3)
     below.add_patch(frame)
+    # Above the frame is an empty corner: a sure model gives a label nearly all or nearly nothing.
     below.annotate(
-        "confident conflicts",
-        (right, top),
-        xytext=(14, 22),
+        "confident\nconflicts",
+        (0, top),
+        xytext=(5, 5),
         textcoords="offset points",
         color=_ORANGE,
         fontsize=11,
         fontweight="bold",
-        arrowprops={"arrowstyle": "-", "color": _ORANGE, "linewidth": 1.5},
-        bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.9},
         zorder=4,
     )
     figure.colorbar(mesh, cax=bar, label="tokens in a cell (grey: none)")
