@@ -36,8 +36,8 @@ def write_page(
         decode: token ids to text, special tokens included.
     """
     names = iter(lines)
-    rows = [_article(row, config, next(names), decode) for row in tally.top_rows]
-    tokens = [_article(row, config, next(names), decode) for row in tally.top_tokens]
+    rows = [_article(row, config, f"{next(names)}: {_counted(row, config)}", decode) for row in tally.top_rows]
+    tokens = [_article(row, config, f"{next(names)}: {_said(row, decode)}", decode) for row in tally.top_tokens]
     conflicts = summary["conflicts"]
     facts = (
         f"{summary['tokens']:,} answer tokens of {summary['rows']:,} rows. Confident conflicts (label below "
@@ -70,7 +70,8 @@ def write_page(
 <h2>Rows whose conflicts push hardest</h2>
 {"".join(rows) or none}
 <h2>Single tokens: sure of something else</h2>
-<p class="faint">By gradient norm x (1 - entropy / normaliser): what the model's certainty speaks against.</p>
+<p class="faint">By gradient norm x (1 - entropy / normaliser): what the model's certainty speaks against. Grey:
+what stands around it.</p>
 {"".join(tokens)}
 <script>
 {(_HERE / "page.js").read_text(encoding="utf-8")}</script>
@@ -83,7 +84,24 @@ def _gate(config: EAFTConfig) -> str:
     return f"EAFT, alpha {config.alpha:g}" if config.gate == "eaft" else f"gate {config.gate}"
 
 
-def _article(row: RowTokens, config: EAFTConfig, line: str, decode: Callable[[list[int]], str]) -> str:
+def _counted(row: RowTokens, config: EAFTConfig) -> str:
+    """What a row holds."""
+    values, counted = row.values, int(row.values.conflicts(config).sum())
+    tokens = f"{len(values.position)} answer token{'s' if len(values.position) != 1 else ''}"
+    return f"{counted} conflict{'s' if counted != 1 else ''} in {tokens}, mean weight {values.weight.mean():.2f}"
+
+
+def _said(row: RowTokens, decode: Callable[[list[int]], str]) -> str:
+    """What the model says of a single token."""
+    values = row.values
+    said = decode([int(values.top[0])])
+    return (
+        f"p {values.probability[0]:.2g}, the model says {said!r} with {values.top_probability[0]:.2g}, "
+        f"weight {values.weight[0]:.2g}"
+    )
+
+
+def _article(row: RowTokens, config: EAFTConfig, head: str, decode: Callable[[list[int]], str]) -> str:
     values, conflicts = row.values, row.values.conflicts(config)
     place = {int(position): index for index, position in enumerate(values.position)}
     spans: list[str] = []
@@ -106,11 +124,7 @@ def _article(row: RowTokens, config: EAFTConfig, line: str, decode: Callable[[li
             f'<span class="{kind}" tabindex="0" style="--w:{weight:.3f}" title="{html.escape(about)}">'
             f"{shown or '&#xb7;'}</span>"
         )
-    counted = int(conflicts.sum())
-    what = f"{line}: {counted} conflict{'s' if counted != 1 else ''}"
-    if len(values.position) > 1:
-        what += f" in {len(values.position)} answer tokens, mean weight {values.weight.mean():.2f}"
-    return f'<article><h3>{html.escape(what)}</h3><p class="text">{"".join(spans)}</p></article>\n'
+    return f'<article><h3>{html.escape(head)}</h3><p class="text">{"".join(spans)}</p></article>\n'
 
 
 def pieces(ids: list[int], decode: Callable[[list[int]], str]) -> list[str]:
