@@ -62,6 +62,8 @@ class CollectTokens(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the chunk that owns the loss."""
+        # NeMo's val_loss would be the weighted one.
+        trainer.validate_loop.verbose = False
         for chunk in _chunks(trainer):
             loss = attach(chunk, self._config, vocab_size=self._vocab_size)
             if loss is not None:

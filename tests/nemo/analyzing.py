@@ -16,8 +16,8 @@ def analyze(settings: Settings, checkpoint: Path, dies_after: int | None = None)
     if dies_after is not None:
         save, left = state.save, [dies_after]
 
-        def saved(*arguments: object) -> None:
-            save(*arguments)  # type: ignore[arg-type]
+        def saved(reached: state.State, run_dir: Path) -> None:
+            save(reached, run_dir)
             left[0] -= 1
             if left[0] == 0:
                 os._exit(DIES)
