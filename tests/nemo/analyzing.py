@@ -22,5 +22,5 @@ def analyze(settings: Settings, checkpoint: Path, dies_after: int | None = None)
             if left[0] == 0:
                 os._exit(DIES)
 
-        state.save = saved
+        state.save = saved  # type: ignore[assignment]
     return run.analyze(settings, Ready(checkpoint, False))
