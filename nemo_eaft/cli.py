@@ -1,4 +1,4 @@
-"""``nemo-eaft import | train | export | plan``.
+"""``nemo-eaft import | train | export | plan | analyze``.
 
 Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 75 a training was stopped on request and
 goes on with the same command, 1 anything else.
@@ -99,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
 
     add_arguments(
         add("plan", _plan, "what a run asks of its GPUs, or the best layout of so many; no GPU needed"), _OVERRIDES
+    )
+    from nemo_eaft.analyze import command as analyze_command
+
+    analyze_command.add_arguments(
+        add("analyze", _analyze, "what EAFT would do to a model on some data: conflicts, weights, advice"), _OVERRIDES
     )
     export = add("export", _export, "convert a checkpoint to a Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="a checkpoint, or a run.dir for its newest one")
@@ -207,6 +212,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from nemo_eaft.plan.command import run
+
+    return run(arguments)
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    from nemo_eaft.analyze.command import run
 
     return run(arguments)
 

@@ -35,6 +35,7 @@ _OURS = {
     "data",
     "eaft.json",
     "hf",
+    "landscape.jsonl",
     "metrics.jsonl",
     "nemo",
     "report.png",

@@ -9,7 +9,7 @@ The fused output layer needs a second place, `output_layer.forward`: see fused_o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,19 @@ from nemo_eaft.loss import TokenLoss, eaft_loss
 from nemo_eaft.metrics import token_sums, zero_sums
 
 _METHOD = "compute_language_model_loss"
+
+
+class Observed(NamedTuple):
+    """One main call, as its observer gets it."""
+
+    out: TokenLoss
+    """[s, b] float32 each, identical on every tensor-parallel rank."""
+    valid: Tensor
+    """[s, b] bool: the tokens in the loss."""
+    labels: Tensor
+    """[s, b] int64."""
+    logits: Tensor
+    """[s, b, V_local], this rank's shard, not to be written to; of a fused output layer its input."""
 
 
 class AttachedLoss:
@@ -40,6 +53,8 @@ class AttachedLoss:
         not_finite: of each main call in training since `reset`, [b, s] bool on the device: where the loss that is
             trained on is NaN or infinite. With `measure_only` also at tokens outside the loss, as Megatron's callers
             multiply by the mask.
+        weigh_validation: whether validation has the weights of training too, for whoever only looks.
+        observer: called in each main call, training and validation, before its loss is returned; None: nobody.
         calls: main calls since `reset`, in training and validation.
         sums: [6] float64, `metrics.token_sums` added up over those calls; None before the first.
     """
@@ -59,6 +74,8 @@ class AttachedLoss:
         self.requires_loss_mask = False
         self.scaled_mask_upstream = False
         self.keep_not_finite = False
+        self.weigh_validation = False
+        self.observer: Callable[[Observed], None] | None = None
         self.not_finite: list[Tensor] = []
         self.calls = 0
         self.sums: Tensor | None = None
@@ -150,11 +167,14 @@ class AttachedLoss:
         if loss_mask is not None:
             check_labels_under_mask(valid, loss_mask, self.config.ignore_index)
             valid = valid & (loss_mask != 0)
-        config = self.config if self._model.training else self.config.plain()
+        config = self.config if self._model.training or self.weigh_validation else self.config.plain()
         measured = self._model.training and self.measure_only
         # Before Megatron's loss, which overwrites float32 logits (tensor_parallel/cross_entropy.py).
         with torch.set_grad_enabled(torch.is_grad_enabled() and not measured):
             out = self._eaft(logits.detach() if measured else logits, labels, config, loss_mask)
+        if self.observer is not None:
+            detached = out._replace(loss=out.loss.detach())
+            self.observer(Observed(detached, valid.transpose(0, 1), labels.transpose(0, 1), logits.detach()))
         trained = self._megatron_loss(labels, logits) if measured else out.loss.transpose(0, 1).contiguous()
         self._count(out, trained.detach(), valid, config)
         return trained

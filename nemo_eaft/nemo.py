@@ -35,6 +35,7 @@ from nemo_eaft.batches import StepBatches, micro_batches
 from nemo_eaft.config import EAFTConfig
 from nemo_eaft.first_step import FirstStep
 from nemo_eaft.gradients import GradientWatch
+from nemo_eaft.landscape.training import TrainingLandscape
 from nemo_eaft.loss.collectives import any_over_world, on_rank_zero
 from nemo_eaft.megatron import AttachedLoss, attach, attached, detach
 from nemo_eaft.metrics import StepMetrics, reduce_sums, zero_sums
@@ -66,6 +67,8 @@ class EAFTCallback(Callback):
     measure_only: train with Megatron's own cross-entropy, bit for bit, and only record: for comparison.
     check_replicas: every so many steps, beginning with the first, compare what the ranks of one copy of the model were
         given to train on (see replicas.py); 0: never. One all-gather a checked step.
+    histogram_every: steps between landscapes, histograms and percentiles of entropy and weight (see
+        landscape/training.py); 0: never. Two collectives of 52 kB in such a step.
     allow_config_change: go on from a checkpoint that was made with another `config` or `measure_only`.
 
     Raises, on every rank and before the optimizer step:
@@ -85,10 +88,12 @@ class EAFTCallback(Callback):
         fused_linear: bool = False,
         measure_only: bool = False,
         check_replicas: int = 0,
+        histogram_every: int = 100,
         allow_config_change: bool = False,
     ) -> None:
-        if check_replicas < 0:
-            raise ValueError(f"check_replicas: {check_replicas}; allowed: 0 (never) or a number of steps")
+        for name, every in (("check_replicas", check_replicas), ("histogram_every", histogram_every)):
+            if every < 0:
+                raise ValueError(f"{name}: {every}; allowed: 0 (never) or a number of steps")
         self.config = EAFTConfig() if config is None else config
         self.fused_linear = fused_linear
         self.measure_only = measure_only
@@ -102,6 +107,9 @@ class EAFTCallback(Callback):
         self._learning_rate = 0.0
         self._step_started = 0.0
         self._check_replicas = check_replicas
+        self._histogram_every = histogram_every
+        self._landscape: TrainingLandscape | None = None
+        self._counts: Tensor | None = None
         self._set_up = False
         self._first_step: FirstStep | None = None
         self._gradients: GradientWatch | None = None
@@ -137,6 +145,8 @@ class EAFTCallback(Callback):
         settings |= {"fused_linear": self.fused_linear, "measure_only": self.measure_only}
         if trainer.global_step > 0 and not self.allow_config_change:
             check_same(self._run_dir / "eaft.json", settings)
+        vocab_size = self._vocab_size or true_vocab_size(pl_module)
+        self._landscape = TrainingLandscape(self.config, vocab_size, self._histogram_every)
         on_rank_zero(lambda: self._open_files(settings, trainer.global_step))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -175,6 +185,8 @@ class EAFTCallback(Callback):
             self._first_step = FirstStep(chunks[0].config)
             self._gradients = GradientWatch(chunks)
         self._gradients.reset()
+        assert self._landscape is not None, "on_train_start did not run"
+        self._landscape.start_step(trainer.global_step + 1, self._loss)
 
     def on_megatron_step_start(self, step: Any) -> Any:
         """Remember the batches of a training step, and compare them where that is asked for."""
@@ -206,6 +218,8 @@ class EAFTCallback(Callback):
         trainer = step.trainer
         device = _device(step)
         sums = self._global_sums(step)
+        assert self._landscape is not None
+        self._counts = self._landscape.end_step(device, *_groups())
         # Tensor-parallel ranks that were given different loss masks have different sums: no rank may decide by its own
         # whether to enter a collective.
         if self._first_step is not None:
@@ -242,6 +256,9 @@ class EAFTCallback(Callback):
         for name, value in (metrics.as_dict() | {"tokens_per_second": rate}).items():
             in_bar = name in ("loss", "cross_entropy", "weight", "tokens_per_second")
             pl_module.log(f"eaft/{name}", float(value), prog_bar=in_bar, batch_size=1, sync_dist=False)
+        if self._counts is not None and trainer.is_global_zero:
+            assert self._landscape is not None
+            self._landscape.write(self._counts, trainer.global_step, metrics, trainer.loggers)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plain cross-entropy per token of the whole validation, on every rank."""
@@ -272,6 +289,8 @@ class EAFTCallback(Callback):
         with replacing(self._run_dir / "eaft.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
         self._file = MetricsFile(self._run_dir / "metrics.jsonl", start_step=step)
+        assert self._landscape is not None
+        self._landscape.open(self._run_dir, step)
 
     def _record(self, step: int, max_steps: int, metrics: StepMetrics) -> float:
         """Write and log a step's line on global rank 0; returns tokens per second (a save in the step counts too)."""

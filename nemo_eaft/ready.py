@@ -46,6 +46,7 @@ MAY_DIFFER = (
     "run.stall_seconds",
     "run.save_seconds",
     "trainer.log_every",
+    "trainer.histogram_every",
     "trainer.keep_checkpoints",
     "data.num_workers",
 )
@@ -135,9 +136,9 @@ def make_ready(settings: Settings, allow_change: bool = False) -> Ready:
     check_machine(settings)
     changed = check_run_dir(settings, allow_change)
     run_dir = Path(settings.run.dir)
-    by_launcher = _made_by_launcher(run_dir)
-    if by_launcher is not None and not _missing(settings, by_launcher):
-        _leave(by_launcher, run_dir)
+    by_launcher = made_by_launcher(run_dir)
+    if by_launcher is not None and not missing_of(settings, by_launcher):
+        leave(by_launcher, run_dir)
         return by_launcher
     (run_dir / READY).unlink(missing_ok=True)
     model = open_model(settings)
@@ -163,7 +164,7 @@ def make_ready(settings: Settings, allow_change: bool = False) -> Ready:
     save_config(settings)
     resume_from = None if choice.checkpoint is None else choice.checkpoint.absolute()
     ready = Ready(checkpoint.absolute(), finished, resume_from)
-    _leave(ready, run_dir)
+    leave(ready, run_dir)
     return ready
 
 
@@ -180,13 +181,14 @@ def _trained_with(run_dir: Path) -> Settings | None:
     return compose.load(path) if path.is_file() else None
 
 
-def _leave(ready: Ready, run_dir: Path) -> None:
+def leave(ready: Ready, run_dir: Path) -> None:
+    """Write ``ready.json``, which the other ranks of this job wait for."""
     with replacing(run_dir / READY) as temporary:
         content = asdict(ready) | {"job": _job(), "process": PROCESS}
         temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
-def _made_by_launcher(run_dir: Path) -> Ready | None:
+def made_by_launcher(run_dir: Path) -> Ready | None:
     """What the launcher of this rank left, for the first attempt: after that there may be newer checkpoints."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
@@ -230,7 +232,7 @@ def wait_ready(settings: Settings) -> Ready:
     said = started
     while True:
         ready = read_ready(Path(settings.run.dir), _job())
-        missing = _missing(settings, ready)
+        missing = missing_of(settings, ready)
         if ready is not None and not missing:
             return ready
         now = time.monotonic()
@@ -253,7 +255,7 @@ def _patience() -> float:
     return seconds
 
 
-def _missing(settings: Settings, ready: Ready | None) -> str:
+def missing_of(settings: Settings, ready: Ready | None) -> str:
     """What a rank still waits for, in words; empty if nothing is missing."""
     run_dir = Path(settings.run.dir)
     if ready is None:

@@ -199,6 +199,9 @@ class TrainerSettings:
     """Newest checkpoints kept; -1: all."""
     log_every: int = 1
     """Steps between lines of the log."""
+    histogram_every: int = 100
+    """Steps between landscapes (histogram of entropy and label probability) and percentiles of entropy and weight, in
+    TensorBoard and ``landscape.jsonl``; 0: never."""
     seed: int = 1234
     """Seed of the order of rows and of what is packed together, 0 to 2**32 - 1. There is no dropout: NeMo's checkpoints
     hold no random state, so a resumed run would differ from an undisturbed one."""
@@ -207,7 +210,7 @@ class TrainerSettings:
         for key in ("max_steps", "num_nodes", "gpus_per_node", "micro_batch_size", "global_batch_size"):
             _at_least(f"trainer.{key}", getattr(self, key), 1)
         _at_least("trainer.seq_length", self.seq_length, 2)
-        for key in ("warmup_steps", "val_every", "seed"):
+        for key in ("warmup_steps", "val_every", "histogram_every", "seed"):
             _at_least(f"trainer.{key}", getattr(self, key), 0)
         if self.seed >= 2**32:
             raise ValueError(f"trainer.seed={self.seed} must be below 2**32 = {2**32}")

@@ -72,6 +72,7 @@ def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None)
             fused_linear=fused_linear,
             measure_only=settings.loss.gate == "stock",
             check_replicas=settings.loss.check_replicas,
+            histogram_every=settings.trainer.histogram_every,
             # The whole configuration was compared before the ranks were started.
             allow_config_change=True,
         )

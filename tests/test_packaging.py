@@ -73,7 +73,7 @@ def test_wheel_holds_every_file_once(wheel: Path) -> None:
     shipped = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "nemo_eaft").rglob("*")
-        if path.suffix in (".py", ".yaml") or path.name == "py.typed"
+        if path.suffix in (".py", ".yaml", ".css", ".js") or path.name == "py.typed"
     }
     assert any(name.startswith("nemo_eaft/conf/") for name in shipped)
     assert shipped <= set(names), "the wheel lacks files; a package folder without __init__.py?"

@@ -90,7 +90,9 @@ class PreparedDataModule(FineTuningDataModule):
         return rows
 
 
-def build_module(settings: Settings, root: Path, tokenizer: Any) -> PreparedDataModule:
+def build_module(
+    settings: Settings, root: Path, tokenizer: Any, module: type[PreparedDataModule] = PreparedDataModule
+) -> PreparedDataModule:
     """Build the data module, on every rank alike.
 
     Args:
@@ -125,8 +127,8 @@ def build_module(settings: Settings, root: Path, tokenizer: Any) -> PreparedData
             packed_val_data_path=(str(root / PACKED_NAMES["validation"]) if prepared.validation_rows else None),
         )
         kwargs.pop("get_attention_mask_from_fusion", None)  # packs carry row boundaries instead of a mask
-        return PreparedDataModule(**common, packed_sequence_specs=specs, dataset_kwargs=kwargs)
+        return module(**common, packed_sequence_specs=specs, dataset_kwargs=kwargs)
     if prepared.kind == "pair":
         # NeMo un-escapes the template, which would garble anything but ASCII.
         kwargs["prompt_template"] = settings.data.prompt_template.encode("unicode_escape").decode("ascii")
-    return PreparedDataModule(**common, dataset_kwargs=kwargs)
+    return module(**common, dataset_kwargs=kwargs)

@@ -1,0 +1,123 @@
+"""An analysis from end to end: the launcher's part and a rank's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from nemo_eaft.analyze import state as states
+from nemo_eaft.analyze.inputs import settings_of
+from nemo_eaft.integrity import SUMS, faults
+from nemo_eaft.launch import LAUNCHER, check_world, launched, run_local, tell_torchrun, write_error
+from nemo_eaft.machine import check_machine
+from nemo_eaft.ready import (
+    Ready,
+    check_run_dir,
+    import_model,
+    leave,
+    made_by_launcher,
+    missing_of,
+    open_model,
+    prepare_rows,
+    save_config,
+    wait_ready,
+)
+from nemo_eaft.settings import Settings
+
+
+def run(model: str, data: str, overrides: Sequence[str]) -> int:
+    """See ``command.run``."""
+    settings, weights = settings_of(model, data, overrides)
+    place = launched()
+    if place is not None:
+        return _rank(settings, weights, *place)
+    ready = _make_ready(settings, weights)
+    if not ready.finished:
+        code = run_local(settings, [model, data, *overrides], module="nemo_eaft.analyze")
+        if code:
+            return code
+    _report(settings, ready)
+    return 0
+
+
+def _make_ready(settings: Settings, weights: Path | None) -> Ready:
+    """As :func:`nemo_eaft.ready.make_ready`, for forward passes on all rows."""
+    check_machine(settings)
+    check_run_dir(settings)
+    run_dir = Path(settings.run.dir)
+    by_launcher = made_by_launcher(run_dir)
+    if by_launcher is not None and not missing_of(settings, by_launcher):
+        leave(by_launcher, run_dir)
+        return by_launcher
+    model = open_model(settings)
+    if weights is not None and (weights / SUMS).is_file() and (found := faults(weights)):
+        listed = "\n  ".join(found)
+        raise ValueError(f"checkpoint {weights} is damaged; give another one by its folder:\n  {listed}")
+    prepared = prepare_rows(settings, model)
+    checkpoint = import_model(settings, model, weights=weights is None).absolute()
+    save_config(settings)
+    ready = Ready(checkpoint, False, weights)
+    if not settings.run.resume:
+        (run_dir / states.FILE).unlink(missing_ok=True)
+    done = states.load(settings, ready).rows_done
+    if done == 0 and (run_dir / states.FILE).exists():
+        print(
+            f"analyze: starts anew, {run_dir / states.FILE} is of other rows or weights or cannot be read", flush=True
+        )
+        (run_dir / states.FILE).unlink()
+    if 0 < done < prepared.train_samples:
+        print(f"analyze: goes on after {done} of {prepared.train_samples} rows", flush=True)
+    ready = replace(ready, finished=done == prepared.train_samples)
+    leave(ready, run_dir)
+    return ready
+
+
+def _rank(settings: Settings, weights: Path | None, rank: int, ranks: int) -> int:
+    from nemo_eaft import stop
+
+    stop.listen()
+    run_dir = Path(settings.run.dir)
+    try:
+        # Before write_error can act: until these pass, run.dir may be another run's.
+        check_world(settings, ranks)
+        check_run_dir(settings)
+    except ValueError as error:
+        tell_torchrun(error)
+        raise
+    try:
+        if rank == 0:
+            stop.clear(run_dir)
+        ready = _make_ready(settings, weights) if rank == 0 else wait_ready(settings)
+        from nemo_eaft.analyze.run import analyze
+
+        done = ready.finished or analyze(settings, ready)
+        if done and rank == 0 and LAUNCHER not in os.environ:
+            _report(settings, ready)
+    except (Exception, SystemExit) as error:
+        write_error(run_dir, rank, error)
+        raise
+    return 0
+
+
+def _report(settings: Settings, ready: Ready) -> None:
+    from nemo_eaft.analyze.page import FILE as PAGE
+    from nemo_eaft.analyze.report import PICTURE, write_report
+    from nemo_eaft.analyze.summary import FILE
+
+    run_dir = Path(settings.run.dir)
+    model = open_model(settings)
+    name = settings.model.hf if ready.resume_from is None else str(ready.resume_from)
+    state = states.load(settings, ready)
+    content = write_report(settings, state, _spoken(name), int(model.config.vocab_size), model.tokenizer)
+    if state.tally.not_finite:
+        print(f"analyze: {state.tally.not_finite} tokens gave NaN or infinity and are left out", flush=True)
+    print(f"analyze: {run_dir / FILE}, {run_dir / PICTURE}, {run_dir / PAGE}")
+    print(f"advice: {content['advice']['text']}", flush=True)
+
+
+def _spoken(name: str) -> str:
+    """A name for titles: of a folder the last two parts, which say more than one."""
+    path = Path(name)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else name

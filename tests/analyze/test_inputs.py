@@ -1,0 +1,130 @@
+"""What MODEL, DATA and settings mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_eaft import cli, compose
+from nemo_eaft.analyze import job
+from nemo_eaft.analyze.inputs import settings_of
+from nemo_eaft.settings import Settings
+from tests.commands import home, make_checkpoint, run  # noqa: F401, a fixture
+
+CPU = ["run.backend=cpu", "trainer.precision=fp32"]
+
+
+@pytest.fixture
+def trained(home: Path) -> Path:  # noqa: F811
+    """A run of own.yaml with two checkpoints."""
+    settings = compose.compose(str(home / "own.yaml"), ["run.name=mine"])
+    compose.save(settings, home / "run" / "config.yaml")
+    for step in (1, 3):
+        make_checkpoint(home / "run" / "checkpoints" / f"model-step={step}")
+    return home / "run"
+
+
+def test_a_name_and_a_folder(tmp_path: Path) -> None:
+    settings, weights = settings_of("org/Model-1.5B", "rows.jsonl", CPU)
+    assert (settings.model.hf, settings.data.train, weights) == ("org/Model-1.5B", "rows.jsonl", None)
+    assert settings.run.dir == "runs/analyze-Model-1.5B"
+    (tmp_path / "my model").mkdir()
+    settings, weights = settings_of(str(tmp_path / "my model"), "a=b.jsonl", ["run.dir=elsewhere", *CPU])
+    assert (settings.model.hf, settings.data.train) == (str(tmp_path / "my model"), "a=b.jsonl")
+    assert (settings.run.dir, weights) == ("elsewhere", None)
+    assert settings_of(str(tmp_path / "my model"), "d", CPU)[0].run.dir == "runs/analyze-my-model"
+
+
+@pytest.mark.parametrize(
+    "overrides, batch",
+    [
+        ([], 4),
+        (["trainer.gpus_per_node=6"], 24),
+        (["trainer.gpus_per_node=6", "parallel.tensor=3", "trainer.micro_batch_size=5"], 10),
+        (["trainer.gpus_per_node=2", "trainer.global_batch_size=16"], 16),
+    ],
+)
+def test_a_batch_is_one_pass_unless_said(overrides: list[str], batch: int) -> None:
+    assert settings_of("m", "d", [*CPU, *overrides])[0].trainer.global_batch_size == batch
+
+
+def test_a_run_and_its_checkpoints(trained: Path) -> None:
+    newest, first = (trained / "checkpoints" / f"model-step={step}" for step in (3, 1))
+    settings, weights = settings_of(str(trained), "d", CPU)
+    assert weights == newest.resolve()
+    assert (settings.model.hf, settings.model.imported) == (str(trained.parent / "model"), f"{trained.parent}/imported")
+    # Of the run its model alone: the rest would belong to the training.
+    assert (settings.trainer.seq_length, settings.run.dir) == (2048, "runs/analyze-run")
+    settings, weights = settings_of(str(first), "d", CPU)
+    assert (weights, settings.run.dir) == (first.resolve(), "runs/analyze-run-model-step=1")
+
+
+def test_what_is_no_model_and_no_data(trained: Path, tmp_path: Path) -> None:
+    make_checkpoint(trained / "checkpoints" / "model-step=5", unfinished=True)
+    make_checkpoint(tmp_path / "alone")
+    (tmp_path / "empty").mkdir()
+    compose.save(compose.load(trained / "config.yaml"), tmp_path / "empty" / "config.yaml")
+    for model, data, said in (
+        (str(trained / "checkpoints" / "model-step=5"), "d", "was not finished"),
+        (str(tmp_path / "empty"), "d", "a run without a finished checkpoint"),
+        (" ", "d", "MODEL is empty"),
+        ("m", "", "DATA is empty"),
+        ("m", "loss.alpha=2", "DATA is loss.alpha=2"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            settings_of(model, data, CPU)
+    (trained / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"give the run\.dir"):
+        settings_of(str(tmp_path / "alone"), "d", CPU)
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("data.packed=true", "allowed is false"),
+        ("parallel.context=2", "allowed is 1"),
+        ("loss.fused_linear=true", "allowed are false and auto"),
+        ("data.validation=x.jsonl", "allowed is null"),
+        ("loss.aplha=2", "did you mean loss.alpha"),
+    ],
+)
+def test_settings_that_are_refused(override: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["trainer.gpus_per_node=2"] if override.startswith("parallel") else []
+    if override == "data.packed=true":
+        more = ["trainer.micro_batch_size=1"]
+    code, _, error = run(capsys, "analyze", "m", "d", override, *more, *CPU)
+    assert (code, "Traceback" in error) == (2, False)
+    assert said in error
+
+
+def test_a_damaged_checkpoint_and_a_missing_file_are_told_before_anything_is_written(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def launch(settings: Settings, words: list[str], module: str) -> int:
+        started.extend(words)
+        return 1
+
+    monkeypatch.setattr(job, "run_local", launch)
+    monkeypatch.chdir(trained.parent)
+    rows, words = str(trained.parent / "train.jsonl"), ["trainer.seq_length=64", *CPU]
+    assert cli.main(["analyze", str(trained), "nowhere.jsonl", *words]) == 2
+    assert "no such file" in capsys.readouterr().err
+    (trained / "checkpoints" / "model-step=3" / "weights" / "common.pt").write_text("other")
+    assert cli.main(["analyze", str(trained), rows, *words]) == 2
+    assert "common.pt" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert started == []
+    # The one before it is whole.
+    whole = str(trained / "checkpoints" / "model-step=1")
+    assert cli.main(["analyze", whole, rows, *words]) == 1
+    assert started[:2] == [whole, rows]
+    # A state that is none is told, and gone.
+    left = Path("runs/analyze-run-model-step=1/analyze.state.json")
+    left.write_text("{")
+    capsys.readouterr()
+    assert cli.main(["analyze", whole, rows, *words]) == 1
+    assert "starts anew" in capsys.readouterr().out
+    assert not left.exists()

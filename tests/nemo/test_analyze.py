@@ -1,0 +1,185 @@
+"""`nemo-eaft analyze` on a tiny model: against Hugging Face, over ranks, killed and started again, from the shell."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_eaft import cli
+from nemo_eaft.analyze import collect, state
+from nemo_eaft.analyze.report import write_report
+from nemo_eaft.analyze.state import State
+from nemo_eaft.analyze.tally import SUMS
+from nemo_eaft.data import prepare
+from nemo_eaft.ready import Ready
+from nemo_eaft.settings import Settings
+from tests.nemo import analyzing, models, reference
+from tests.nemo.conftest import Workshop
+from tests.nemo.ranks import run_ranks
+
+ROWS = 27
+"""No multiple of a batch: the last one is filled up."""
+
+
+@pytest.fixture(scope="module")
+def bench(workshop: Workshop) -> Bench:
+    return Bench(workshop)
+
+
+class Bench:
+    """Analyses of one model on the same rows."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self.workshop = workshop
+        self.rows = workshop.root / "analyze"
+        self.rows.mkdir()
+        models.write_rows(self.rows / "training.jsonl", ROWS, seed=5)
+
+    def settings(self, name: str, *, world: int = 1, **changes: Any) -> Settings:
+        from transformers import AutoTokenizer
+
+        parallel = changes.get("parallel", {})
+        copies = world // math.prod(parallel.values())
+        # Over data-parallel ranks each cuts its part of a batch into two micro-batches.
+        batch = 2 * copies * (2 if copies > 1 else 1)
+        trainer = {"gpus_per_node": world, "micro_batch_size": 2, "global_batch_size": batch}
+        hf, run_dir = self.workshop.hf("llama"), self.workshop.root / "runs" / name
+        data = {"validation": None}
+        settings = models.run_settings(hf, self.rows, run_dir, trainer=trainer, data=data, parallel=parallel)
+        prepare(settings, AutoTokenizer.from_pretrained(hf))
+        return settings
+
+    def analyze(self, name: str, world: int = 1, **changes: Any) -> State:
+        settings = self.settings(name, world=world, **changes)
+        checkpoint = self.workshop.nemo("llama")
+        assert run_ranks(analyzing.analyze, world, settings, checkpoint) == [True] * world
+        return state.load(settings, Ready(checkpoint, False))
+
+
+@pytest.fixture(scope="module")
+def one(bench: Bench) -> State:
+    return bench.analyze("analyze-1")
+
+
+def by_transformers(workshop: Workshop, rows: Path) -> tuple[dict[str, float], np.ndarray]:
+    """The sums of the answer tokens and [tokens, 2] of entropy ratio and probability, in float64."""
+    model = workshop.model("llama")
+    sums: dict[str, float] = dict.fromkeys([*SUMS, "tokens", "conflicts"], 0.0)
+    places = []
+    for answer, tokens in reference.read_rows(rows).items():
+        with torch.no_grad():
+            logits = reference.answer_logits(model, tokens, answer)
+        cross_entropy, entropy, weight = reference.token_values(logits, answer)
+        leaf = logits.clone().requires_grad_()
+        torch.nn.functional.cross_entropy(leaf, torch.tensor(answer), reduction="sum").backward()
+        assert leaf.grad is not None
+        gradient = leaf.grad.norm(dim=1)
+        conflict = (torch.exp(-cross_entropy) < 0.1) & (entropy / math.log(20) < 0.2)
+        for name, value in {
+            "cross_entropy": cross_entropy,
+            "entropy": entropy,
+            "weight": weight,
+            "loss": weight * cross_entropy,
+            "gradient": gradient,
+            "weighted_gradient": weight * gradient,
+            "conflict_gradient": conflict * gradient,
+            "conflict_weighted_gradient": conflict * weight * gradient,
+            "tokens": torch.ones(len(answer)),
+            "conflicts": conflict,
+        }.items():
+            sums[name] += float(value.sum())
+        places.append(torch.stack((entropy / math.log(20), torch.exp(-cross_entropy)), 1))
+    return sums, torch.cat(places).numpy()
+
+
+def test_equals_transformers(bench: Bench, one: State) -> None:
+    expected, places = by_transformers(bench.workshop, bench.rows / "training.jsonl")
+    tally = one.tally
+    assert (tally.rows, one.rows_done, tally.not_finite) == (ROWS, ROWS, 0)
+    assert (tally.tokens, tally.conflicts) == (expected["tokens"], expected["conflicts"])
+    assert tally.conflicts > 5
+    for name, value in zip(SUMS, tally.sums, strict=True):
+        assert value == pytest.approx(expected[name], rel=1e-5), name
+    ratio, probability = places.T
+    expected_grid, _, _ = np.histogram2d(ratio, probability, bins=50, range=[[0, 1], [0, 1]])
+    assert np.abs(tally.grid - expected_grid).sum() <= 2
+    kept = [(row.row, row.conflict_gradient(bench.settings("analyze-1").loss.eaft_config())) for row in tally.top_rows]
+    assert [push for _, push in kept] == sorted((push for _, push in kept), reverse=True)
+    # A row's ids are the row, so that the page shows what was read.
+    rows = list(reference.read_rows(bench.rows / "training.jsonl").values())
+    assert all(row.ids == rows[row.row] for row in tally.top_rows)
+
+
+@pytest.mark.parametrize(
+    "world, parallel", [(2, {"tensor": 2}), (2, {}), (2, {"pipeline": 2})], ids=["TP2", "DP2", "PP2"]
+)
+def test_every_layout_gives_the_same(bench: Bench, one: State, world: int, parallel: dict[str, int]) -> None:
+    name = "-".join(["analyze", str(world), *parallel])
+    found = bench.analyze(name, world, parallel=parallel).tally
+    tally = one.tally
+    assert (found.rows, found.tokens, found.conflicts) == (tally.rows, tally.tokens, tally.conflicts)
+    assert np.allclose(found.sums, tally.sums, rtol=1e-5)
+    assert np.allclose(found.by_alpha, tally.by_alpha, rtol=1e-5)
+    assert np.abs(found.grid - tally.grid).sum() <= 2
+    assert [row.row for row in found.top_rows] == [row.row for row in tally.top_rows]
+
+
+def test_killed_and_started_again_is_the_same_bit_for_bit(bench: Bench, one: State) -> None:
+    settings, checkpoint = bench.settings("analyze-killed"), bench.workshop.nemo("llama")
+    run_ranks(analyzing.analyze, 1, settings, checkpoint, 1, dies=True)
+    ready = Ready(checkpoint, False)
+    assert state.load(settings, ready).rows_done == 2 * collect.EVERY
+    assert run_ranks(analyzing.analyze, 1, settings, checkpoint) == [True]
+    again = state.load(settings, ready)
+    assert json.dumps(again.tally.to_json()) == json.dumps(one.tally.to_json())
+
+
+def test_the_files(bench: Bench, one: State) -> None:
+    from PIL import Image
+    from transformers import AutoTokenizer
+
+    settings = bench.settings("analyze-1")
+    tokenizer = AutoTokenizer.from_pretrained(bench.workshop.hf("llama"))
+    content = write_report(settings, one, "tiny", models.VOCAB_SIZE, tokenizer)
+    run_dir = Path(settings.run.dir)
+    assert json.loads((run_dir / "analysis.json").read_text()) == json.loads(json.dumps(content))
+    with Image.open(run_dir / "landscape.png") as picture:
+        assert picture.size == (800, 600)
+    page = (run_dir / "conflicts.html").read_text()
+    row = one.tally.top_rows[0]
+    assert f"line {row.row + 1} of training.jsonl" in page
+
+
+def test_from_the_shell(bench: Bench, one: State, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Wrong input is told; an analysis ends with the same numbers; started again it has nothing left to do."""
+    hf, rows = str(bench.workshop.hf("llama")), str(bench.rows / "training.jsonl")
+    words = ["analyze", hf, rows, "run.backend=cpu", "trainer.precision=fp32", f"run.dir={tmp_path / 'run'}"]
+    words += [f"model.imported={bench.workshop.nemo('llama')}", f"trainer.seq_length={models.SEQ_LENGTH}"]
+    words += ["trainer.micro_batch_size=2"]
+    for wrong, said in (
+        (["data.packed=true"], "data.packed=true"),
+        (["parallel.context=2", "trainer.gpus_per_node=2"], "parallel.context=2"),
+        (["loss.fused_linear=true"], "loss.fused_linear=true"),
+        (["trainer.seq_length=4"], "allows no more than that"),
+    ):
+        assert cli.main([*words, *wrong]) == 2
+        assert said in capfd.readouterr().err
+        assert not (tmp_path / "run").exists()
+    assert cli.main(words) == 0
+    assert "advice: " in capfd.readouterr().out
+    first = (tmp_path / "run" / "analysis.json").read_bytes()
+    found = json.loads(first)
+    assert found["mean"]["cross_entropy"] == one.tally.sums[0] / one.tally.tokens
+    os.unlink(tmp_path / "run" / "analysis.json")
+    assert cli.main(words) == 0
+    assert "goes on" not in capfd.readouterr().out
+    assert (tmp_path / "run" / "analysis.json").read_bytes() == first
+    assert cli.main([*words, "loss.alpha=2"]) == 2
+    assert "loss.alpha: 1.0 -> 2.0" in capfd.readouterr().err
