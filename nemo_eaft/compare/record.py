@@ -94,7 +94,8 @@ class Path:
     points: tuple[Measures, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.steps) == len(self.points) and self.steps[0] == 0
+        assert len(self.steps) == len(self.points)
+        assert self.steps[0] == 0
         assert all(before < after for before, after in zip(self.steps, self.steps[1:], strict=False))
         sizes = {name: sums.counts for name, sums in self.points[0].items()}
         for point in self.points:

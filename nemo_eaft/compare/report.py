@@ -23,15 +23,15 @@ def findings(matching: Matching, paths: Sequence[Path]) -> list[str]:
         title = MEASURES[each.measure].title
         if each.mean_difference is None:
             sentences.append(
-                f"{each.method} against {matching.reference}, {title}: the curves do not overlap, for one of them never "
-                f"got below the base model's target cross-entropy with every seed; nothing is said."
+                f"{each.method} against {matching.reference}, {title}: the curves do not overlap, for one of them "
+                f"never got below the base model's target cross-entropy with every seed; nothing is said."
             )
             continue
         sign = each.mean_difference.sign
         verdict = "is not shown to differ" if sign == 0 else _LESS if sign < 0 else _MORE
         sentences.append(
-            f"{each.method} {verdict} {'from' if sign == 0 else 'than'} {matching.reference} by {title}: mean difference "
-            f"at equal target quality {_interval(each.mean_difference)} {MEASURES[each.measure].unit} (over {over})."
+            f"{each.method} {verdict} {'from' if sign == 0 else 'than'} {matching.reference} by {title}: mean "
+            f"difference at equal target quality {_interval(each.mean_difference)} {MEASURES[each.measure].unit} (over {over})."
         )
     return sentences
 
