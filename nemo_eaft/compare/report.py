@@ -29,9 +29,10 @@ def findings(matching: Matching, paths: Sequence[Path]) -> list[str]:
             continue
         sign = each.mean_difference.sign
         verdict = "is not shown to differ" if sign == 0 else _LESS if sign < 0 else _MORE
+        figure = f"{_interval(each.mean_difference)} {MEASURES[each.measure].unit}"
         sentences.append(
             f"{each.method} {verdict} {'from' if sign == 0 else 'than'} {matching.reference} by {title}: mean "
-            f"difference at equal target quality {_interval(each.mean_difference)} {MEASURES[each.measure].unit} (over {over})."
+            f"difference at equal target quality {figure} (over {over})."
         )
     return sentences
 

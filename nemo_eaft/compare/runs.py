@@ -122,8 +122,8 @@ def check_sources(sources: Sequence[Source]) -> Settings:
             if key not in _NOT_ROWS and not _same(key, mine[key], theirs[key]):
                 what = "base model" if key.startswith("model.") else "held-out rows"
                 raise ValueError(
-                    f"{first.word} has {key}={json.dumps(mine[key])}, {source.word} has {json.dumps(theirs[key])}: only "
-                    f"runs from one base model with the same {what} can be compared"
+                    f"{first.word} has {key}={json.dumps(mine[key])}, {source.word} has {json.dumps(theirs[key])}: "
+                    f"only runs from one base model with the same {what} can be compared"
                 )
     base = hf_folder(first.settings.model.hf)
     for source in sources:
