@@ -43,7 +43,7 @@ class Store:
 
     def put(self, content: str, measures: Measures) -> Measures:
         """Keep a measurement, and return it as it will be read again."""
-        kept = {"weights": content, "depends_on": self.depends_on, "measures": to_json(measures)}
+        kept: dict[str, Any] = {"weights": content, "depends_on": self.depends_on, "measures": to_json(measures)}
         with replacing(self._path(content)) as temporary:
             temporary.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         return from_json(kept["measures"])

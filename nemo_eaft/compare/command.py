@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         trusted = settings.model.trust_remote_code
         return load_model(folder, arguments.dtype, arguments.device, trusted)
 
-    samples, reference = [], None
+    samples: list[list[int]] = []
+    reference = None
     if arguments.samples:
         wanted = Samples(arguments.samples, arguments.sample_tokens, arguments.seed)
         identity = {"weights": weights, "dtype": arguments.dtype, "device": arguments.device}

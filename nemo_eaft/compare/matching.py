@@ -144,7 +144,7 @@ def _match(measure: str, method: str, pairs: Sequence[tuple[Curve, Curve]]) -> M
     differences = table[:, 0] - table[:, 1]
     targets = levels_in(span, PARTS)
     found = tuple(
-        Level(part, float(targets[n]), *map(float, table[0, :, n]), _interval(differences[:, n]))
+        Level(part, float(targets[n]), float(table[0, 0, n]), float(table[0, 1, n]), _interval(differences[:, n]))
         for n, part in enumerate(PARTS)
     )
     return Match(measure, method, found, _interval(np.array(areas)), span)

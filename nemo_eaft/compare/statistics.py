@@ -10,7 +10,7 @@ among the learning rates with which every seed has reached the level.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,8 @@ class Course(NamedTuple):
     """[points] what is wanted at a level of it."""
 
 
-Curve = Mapping[float | None, Sequence[Course]]
-"""Learning rate -> a course for each seed."""
+Curve = Mapping[Any, Sequence[Course]]
+"""Learning rate (None: not known) -> a course for each seed."""
 
 
 def at_level(course: Course, levels: Values) -> Values:
