@@ -65,10 +65,7 @@ def left(
     return [
         run
         for run in runs
-        if run not in done
-        and run.setting in only
-        and run.method in methods
-        and (seeds is None or run.seed in seeds)
+        if run not in done and run.setting in only and run.method in methods and (seeds is None or run.seed in seeds)
     ]
 
 

@@ -203,7 +203,7 @@ def _write(
     lines += markdown(paths, matching, [figure.name for figure in figures])
     with replacing(output / "compare.md") as temporary:
         temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    print("\n".join(findings(matching, paths)))
+    print("\n".join(findings(matching)))
     print(f"report: {output / 'compare.md'}, {output / 'compare.json'}", flush=True)
 
 

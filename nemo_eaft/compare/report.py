@@ -12,7 +12,7 @@ from nemo_eaft.compare.record import MEASURES, Path
 _LESS, _MORE = "forgets less", "forgets more"
 
 
-def findings(matching: Matching, paths: Sequence[Path]) -> list[str]:
+def findings(matching: Matching) -> list[str]:
     """One sentence for each method and measure of forgetting, from the intervals alone."""
     sentences = []
     one_seed = all(count == 1 for count in matching.seeds.values())
@@ -39,26 +39,30 @@ def findings(matching: Matching, paths: Sequence[Path]) -> list[str]:
 
 def markdown(paths: Sequence[Path], matching: Matching, figures: Sequence[str] = ()) -> list[str]:
     """The tables: what was found, levels, areas, and every checkpoint."""
-    lines = ["### What was found", "", *(f"* {sentence}" for sentence in findings(matching, paths)), ""]
+    lines = ["### What was found", "", *(f"* {sentence}" for sentence in findings(matching)), ""]
     for figure in figures:
         lines += [f"![{figure}]({figure})", ""]
-    lines += ["### At equal target quality", ""]
-    lines += [
+    lines += ["### At equal target quality", "", *levels_table(matching)]
+    return [*lines, "", "### Every checkpoint", "", *_points(paths), ""]
+
+
+def levels_table(matching: Matching) -> list[str]:
+    """Every method against the reference at the levels of target cross-entropy, and in the mean over them."""
+    rates = "; ".join(
+        f"{method}: {', '.join('unknown' if rate is None else f'{rate:g}' for rate in rates)} "
+        f"({matching.seeds[method]})"
+        for method, rates in matching.learning_rates.items()
+    )
+    lines = [
         f"Against {matching.reference}; differences are method minus {matching.reference}, in brackets 95 % of "
-        f"{matching.draws} bootstrap draws. Learning rates that take part, and seeds for each: "
-        + "; ".join(
-            f"{method}: {', '.join('unknown' if rate is None else f'{rate:g}' for rate in rates)} "
-            f"({matching.seeds[method]})"
-            for method, rates in matching.learning_rates.items()
-        )
-        + ".",
+        f"{matching.draws} bootstrap draws. Learning rates that take part, and seeds for each: {rates}.",
         "",
         f"| method | measure | part of the way | target cross-entropy | {matching.reference} | method | difference |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for each in matching.matches:
         lines += _levels(each)
-    return [*lines, "", "### Every checkpoint", "", *_points(paths), ""]
+    return lines
 
 
 def _levels(match: Match) -> list[str]:
@@ -110,7 +114,7 @@ def as_mapping(paths: Sequence[Path], matching: Matching) -> dict[str, Any]:
     """Everything in the tables as plain values."""
     return {
         "matching": asdict(matching),
-        "findings": findings(matching, paths),
+        "findings": findings(matching),
         "runs": [
             {
                 "name": path.name,
