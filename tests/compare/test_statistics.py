@@ -124,13 +124,13 @@ def test_intervals_over_seeds() -> None:
     for seed, drift in enumerate((0.1, 0.2, 0.6)):
         paths.append(run("a", seed, [0, 1], [2.0, 1.0], [[0.0, 0.0], [drift, drift]]))
         paths.append(run("b", seed, [0, 1], [2.0, 1.0], [[0.0, 0.0], [0.0, 0.0]]))
-    result = match(paths, "b", draws=2000)
+    result = match(paths, "b", draws=500)
     interval = result.matches[0].levels[-1].difference
     assert interval.value == pytest.approx(0.3)
     # The lowest and highest of the 27 draws have 1/27 each, more than 2.5 %.
     assert [interval.low, interval.high] == pytest.approx([0.1, 0.6])
     assert result.seeds == {"a": 3, "b": 3}
-    assert match(paths, "b", draws=2000) == result
+    assert match(paths, "b", draws=500) == result
     # One seed: no width at all.
     alone = match(paths[:2], "b", draws=100).matches[0].levels[-1].difference
     assert [alone.low, alone.high] == pytest.approx([0.1, 0.1])
