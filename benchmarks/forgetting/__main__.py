@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
-    except ValueError as error:
+    except results.WrongInput as error:
         print(f"benchmarks.forgetting: {error}", file=sys.stderr)
         return 2
 
@@ -42,9 +42,11 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     for name in ("threads", "steps"):
         if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} {getattr(arguments, name)} must be 1 or more")
+            raise results.WrongInput(f"--{name} {getattr(arguments, name)} must be 1 or more")
     if arguments.steps != design.STEPS and arguments.results == results.FOLDER:
-        raise ValueError(f"--steps {arguments.steps}: the study has {design.STEPS}; give another folder with --results")
+        raise results.WrongInput(
+            f"--steps {arguments.steps}: the study has {design.STEPS}; give another folder with --results"
+        )
     # Before torch is imported, which reads them once.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(arguments.threads)

@@ -101,7 +101,6 @@ def _known(model: Any, tokenizer: Any) -> dict[str, float]:
 def _answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> dict[str, str]:
     """Greedy answers, cut after some tokens."""
     found = {}
-    tokenizer.padding_side = "left"
     for start in range(0, len(questions), _BATCH):
         batch = list(questions[start : start + _BATCH])
         texts = [
@@ -110,10 +109,11 @@ def _answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> dict[str, 
             )
             for each in batch
         ]
-        encoded = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        written = model.generate(**encoded, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
-        for each, ids in zip(batch, written[:, encoded["input_ids"].shape[1] :], strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        ids, mask = encoded["input_ids"], encoded["attention_mask"]
+        written = model.generate(ids, attention_mask=mask, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
+        for each, answered in zip(batch, written[:, ids.shape[1] :], strict=True):
+            text = tokenizer.decode(answered, skip_special_tokens=True).strip()
             if text:
                 found[each] = text
     return found

@@ -44,6 +44,10 @@ class Line:
         return Wanted(self.setting, self.method, self.learning_rate, self.seed)
 
 
+class WrongInput(ValueError):
+    """What the user can put right; any other error is one of ours."""
+
+
 BASE = "base"
 FOLDER = Path(__file__).parent / "results"
 
@@ -52,7 +56,7 @@ def read(folder: Path, setting: str) -> list[Line]:
     """The lines of a setting; a last one that a killed process left half-written is passed over.
 
     Raises:
-        ValueError: another line cannot be read.
+        WrongInput: another line cannot be read.
     """
     path = folder / f"{setting}.jsonl"
     if not path.is_file():
@@ -67,7 +71,7 @@ def read(folder: Path, setting: str) -> list[Line]:
         except (ValueError, TypeError) as error:
             if number == len(lines):
                 break  # nothing ends it: it was being written
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise WrongInput(f"{path}, line {number}: {error}") from error
     return found
 
 

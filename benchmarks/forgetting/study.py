@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.forgetting import design, plan, results, rows
 from benchmarks.forgetting.inputs import find_inputs
-from benchmarks.forgetting.results import BASE, Line, Wanted
+from benchmarks.forgetting.results import BASE, Line, Wanted, WrongInput
 from benchmarks.forgetting.training import Mass, train
 from benchmarks.machine import device_name
 from nemo_eaft.compare.cache import digest
@@ -94,13 +94,13 @@ class Study:
         """Write the base model's line, or find that it was measured on the same rows.
 
         Raises:
-            ValueError: the results are of other rows.
+            WrongInput: the results are of other rows.
         """
         lines = results.read(self.folder, setting)
         expected = self.digest(setting)
         for line in lines:
             if line.digest != expected:
-                raise ValueError(
+                raise WrongInput(
                     f"{self.folder / setting}.jsonl holds runs on other rows or of other lengths ({line.digest}, here "
                     f"{expected}); choose another folder with --results"
                 )

@@ -34,7 +34,7 @@ def findings(matching: Matching) -> list[str]:
             f"{each.method} {verdict} {'from' if sign == 0 else 'than'} {matching.reference} by {title}: mean "
             f"difference at equal target quality {figure} (over {over})."
         )
-    return sentences
+    return sentences or ["There is one method, so nothing is compared; measured checkpoints are below."]
 
 
 def markdown(paths: Sequence[Path], matching: Matching, figures: Sequence[str] = ()) -> list[str]:
