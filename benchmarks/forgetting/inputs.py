@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.forgetting import design
 from benchmarks.forgetting.facts import CAPITALS, answer, question
+from benchmarks.forgetting.results import WrongInput
 from nemo_eaft.atomic import replacing
 from nemo_eaft.compare.drift import sample
 from nemo_eaft.compare.probe import answer_scores, to_question
@@ -24,6 +25,7 @@ FILE = "inputs.json"
 _ASKED = 96  # questions for the setting `format`
 _ANSWER_TOKENS = 24
 _BATCH = 16
+_LEAST_KNOWN = 8
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ def find_inputs(folder: Path, model: Any, tokenizer: Any, questions: Sequence[st
         model: without arguments, gives the base model; called only where nothing is kept.
         tokenizer: of the base model.
         questions: of which the base model answers some.
+
+    Raises:
+        WrongInput: it knows too little.
     """
     path = folder / FILE
     if path.is_file():
@@ -69,7 +74,10 @@ def find_inputs(folder: Path, model: Any, tokenizer: Any, questions: Sequence[st
     base = model()
     end = tokenizer.eos_token_id
     samples = sample(base, tokenizer.bos_token_id, design.SAMPLES, design.SAMPLE_TOKENS, 0, end)
-    found = Inputs(_known(base, tokenizer), len(CAPITALS), samples, _answers(base, tokenizer, questions[:_ASKED]))
+    known = _known(base, tokenizer)
+    if len(known) < _LEAST_KNOWN:
+        raise WrongInput(f"the base model surely knows {len(known)} capitals, {_LEAST_KNOWN} are needed: {known}")
+    found = Inputs(known, len(CAPITALS), samples, _answers(base, tokenizer, questions[:_ASKED]))
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return found

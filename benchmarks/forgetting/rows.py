@@ -56,6 +56,7 @@ class Pools:
 
 
 def _passes(rows: Sequence[Row], count: int, generator: random.Random) -> list[Row]:
+    assert rows or not count
     drawn: list[Row] = []
     while len(drawn) < count:
         drawn += generator.sample(rows, len(rows))
