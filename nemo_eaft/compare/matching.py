@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemo_eaft.compare.record import MEASURES, QUALITY, Path, Values
 from nemo_eaft.compare.statistics import Course, Curve, common_range, curve_at, levels_in, mean_difference
@@ -98,24 +99,20 @@ def match(paths: Sequence[Path], reference: str, draws: int = DRAWS, seed: int =
     quality = {path.name: _means(path, QUALITY, weights) for path in paths}
     chosen = _seeds({name: len(next(iter(curve.values()))) for name, curve in taking_part.items()}, draws, generator)
 
-    def curves(measure_values: Mapping[str, Values], method: str, draw: int) -> Curve:
-        return {
-            rate: [
-                Course(quality[runs[index].name][draw], measure_values[runs[index].name][draw])
-                for index in chosen[method][draw]
-            ]
-            for rate, runs in taking_part[method].items()
-        }
-
     matches = []
     for measure in paths[0].points[0]:
         if measure == QUALITY:
             continue
         values = {path.name: forgetting(path, measure, weights) for path in paths}
-        for method in taking_part:
-            if method != reference:
-                pairs = [(curves(values, method, draw), curves(values, reference, draw)) for draw in range(draws + 1)]
-                matches.append(_match(measure, method, pairs))
+        curves = {
+            method: {
+                rate: _drawn([Course(quality[run.name], values[run.name]) for run in runs], chosen[method])
+                for rate, runs in rates.items()
+            }
+            for method, rates in taking_part.items()
+        }
+        theirs = curves.pop(reference)
+        matches += [_match(measure, method, mine, theirs) for method, mine in curves.items()]
     return Matching(
         reference,
         tuple(matches),
@@ -125,29 +122,27 @@ def match(paths: Sequence[Path], reference: str, draws: int = DRAWS, seed: int =
     )
 
 
-def _match(measure: str, method: str, pairs: Sequence[tuple[Curve, Curve]]) -> Match:
-    """The first pair is what was measured, the others are draws."""
-    span = common_range(*pairs[0])
-    if span is None:
+def _drawn(courses: Sequence[Course], chosen: NDArray[np.int64]) -> list[Course]:
+    """The course of another seed in each draw: [draws + 1, points] each."""
+    quality, other = (np.stack(each) for each in zip(*courses, strict=True))
+    draws = np.arange(len(chosen))
+    return [Course(quality[index, draws], other[index, draws]) for index in chosen.T]
+
+
+def _match(measure: str, method: str, mine: Curve, theirs: Curve) -> Match:
+    """The first line of every array is what was measured, the others are draws."""
+    lowest, base = common_range(mine, theirs)
+    if not lowest[0] < base[0]:
         return Match(measure, method, (), None, None)
-    levels, areas = [], []
-    for mine, theirs in pairs:
-        drawn = common_range(mine, theirs)
-        if drawn is None:
-            levels.append(np.full((2, len(PARTS)), np.nan))
-            areas.append(np.nan)
-            continue
-        at = levels_in(drawn, PARTS)
-        levels.append(np.stack([curve_at(mine, at), curve_at(theirs, at)]))
-        areas.append(mean_difference(mine, theirs, drawn))
-    table = np.array(levels)
-    differences = table[:, 0] - table[:, 1]
-    targets = levels_in(span, PARTS)
+    levels = levels_in(lowest, base, PARTS)
+    values, reference = curve_at(mine, levels), curve_at(theirs, levels)
+    differences = np.where((lowest < base)[:, None], values - reference, np.nan)
     found = tuple(
-        Level(part, float(targets[n]), float(table[0, 0, n]), float(table[0, 1, n]), _interval(differences[:, n]))
+        Level(part, float(levels[0, n]), float(values[0, n]), float(reference[0, n]), _interval(differences[:, n]))
         for n, part in enumerate(PARTS)
     )
-    return Match(measure, method, found, _interval(np.array(areas)), span)
+    area = _interval(mean_difference(mine, theirs))
+    return Match(measure, method, found, area, (float(lowest[0]), float(base[0])))
 
 
 def forgetting(path: Path, measure: str, weights: Mapping[str, Values] | None = None) -> Values:
@@ -180,12 +175,12 @@ def _weights(path: Path, draws: int, generator: np.random.Generator) -> dict[str
     return found
 
 
-def _seeds(counts: Mapping[str, int], draws: int, generator: np.random.Generator) -> dict[str, list[Sequence[int]]]:
-    """Method -> for the measured and each draw the indices of its seeds."""
-    by_count: dict[int, list[Sequence[int]]] = {}
-    for count in sorted(set(counts.values())):
-        drawn = generator.integers(count, size=(draws, count))
-        by_count[count] = [range(count), *drawn.tolist()]
+def _seeds(counts: Mapping[str, int], draws: int, generator: np.random.Generator) -> dict[str, NDArray[np.int64]]:
+    """Method -> [draws + 1, seeds] the seeds that take part, by their place; the first line has each once."""
+    by_count = {
+        count: np.concatenate([np.arange(count)[None], generator.integers(count, size=(draws, count))])
+        for count in sorted(set(counts.values()))
+    }
     return {method: by_count[count] for method, count in counts.items()}
 
 

@@ -58,9 +58,9 @@ def _write(paths: Sequence[Path], matching: Matching, measure: str, png: File, t
             axes.plot(*course, color=colour, linewidth=0.6, alpha=0.4, marker=mark, markersize=3.5, markeredgewidth=0)
             if path.learning_rate in matching.learning_rates[method]:
                 curve.setdefault(path.learning_rate, []).append(course)
-        base = next(iter(curve.values()))[0].quality[0]
-        if reach(curve) < base:
-            levels = np.linspace(reach(curve), base, _LINE)
+        base, lowest = next(iter(curve.values()))[0].quality[0], float(reach(curve))
+        if lowest < base:
+            levels = np.linspace(lowest, base, _LINE)
             axes.plot(levels, curve_at(curve, levels), color=colour, linewidth=2.2, linestyle=dashes)
         axes.plot([], [], color=colour, marker=mark, linewidth=2.2, linestyle=dashes, label=method)
     axes.invert_xaxis()

@@ -48,20 +48,22 @@ def test_levels_are_parts_of_what_both_have_reached() -> None:
     first = {None: [course((2.0, 0.0), (0.5, 1.0))]}
     second = {None: [course((2.0, 0.0), (1.0, 1.0))]}
     assert common_range(first, second) == (1.0, 2.0)
-    np.testing.assert_allclose(levels_in((1.0, 2.0), (0.25, 1.0)), [1.75, 1.0])
+    np.testing.assert_allclose(levels_in(np.array(1.0), np.array(2.0), (0.25, 1.0)), [1.75, 1.0])
     # A third of 0.1 in float64: the last level must not fall below the range.
-    assert levels_in((0.1 / 3, 0.7), (1.0,))[0] == 0.1 / 3
-    assert common_range(first, {None: [course((2.0, 0.0), (2.1, 1.0))]}) is None
+    assert levels_in(np.array(0.1 / 3), np.array(0.7), (1.0,))[0] == 0.1 / 3
+    never = {None: [course((2.0, 0.0), (2.1, 1.0))]}
+    assert common_range(first, never) == (2.0, 2.0)
+    assert np.isnan(mean_difference(first, never))
 
 
 def test_the_area_between_two_curves() -> None:
     # Over 1 to 2: a straight line to 1 and one to 0.5, so that the difference goes from 0 to 0.5: mean 0.25.
     first = {None: [course((2.0, 0.0), (1.0, 1.0))]}
     second = {None: [course((2.0, 0.0), (1.0, 0.5))]}
-    assert mean_difference(first, second, (1.0, 2.0)) == pytest.approx(0.25, abs=1e-12)
+    assert mean_difference(first, second) == pytest.approx(0.25, abs=1e-12)
     # With a bend off the grid: 0 to 1 over the first 1/3, then level; areas 1/6 + 2/3, less 1/4.
     bent = {None: [course((2.0, 0.0), (5 / 3, 1.0), (1.0, 1.0))]}
-    assert mean_difference(bent, second, (1.0, 2.0)) == pytest.approx(1 / 6 + 2 / 3 - 1 / 4, abs=1e-12)
+    assert mean_difference(bent, second) == pytest.approx(1 / 6 + 2 / 3 - 1 / 4, abs=1e-12)
 
 
 def run(method: str, seed: int, steps: list[int], target: list[float], drift: list[list[float]]) -> Path:

@@ -26,7 +26,10 @@ INPUTS = Inputs(KNOWN, 92, [[0, 5, 6, 7], [0, 9, 8, 7, 6]], {f"What is {n}?": f"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return support.make_tokenizer(support.SMOLLM2)
+    """Cities are words to it, as to a real one, so that their first tokens differ."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support, "CORPUS", [f" {city}" for city in CAPITALS.values()] * 20)
+        return support.make_tokenizer(support.SMOLLM2)
 
 
 @pytest.fixture
