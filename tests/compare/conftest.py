@@ -4,7 +4,6 @@ leave (tests/nemo/test_compare.py has the real ones)."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from nemo_eaft import compose
 from nemo_eaft.compare import command
+from nemo_eaft.compare.measure import load_model
 from nemo_eaft.data import prepare
 from nemo_eaft.integrity import write_sums
 from nemo_eaft.ready import CONFIG
@@ -107,11 +107,10 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders of the models that were loaded to be measured."""
     loaded: list[Path] = []
-    load: Callable[..., Any] = command.load_model
 
     def record(folder: Path, *arguments: Any) -> Any:
         loaded.append(folder)
-        return load(folder, *arguments)
+        return load_model(folder, *arguments)
 
     monkeypatch.setattr(command, "load_model", record)
     return loaded

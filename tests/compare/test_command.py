@@ -11,6 +11,8 @@ import pytest
 
 from nemo_eaft import cli
 from nemo_eaft.compare import command
+from nemo_eaft.compare.measure import measure
+from nemo_eaft.compare.runs import find_sources, method_names
 from tests.compare.conftest import Bench
 
 SMALL = ["--device", "cpu", "--samples", "4", "--sample-tokens", "8", "--window-tokens", "16", "--draws", "20"]
@@ -74,7 +76,7 @@ def test_it_goes_on_after_the_last_measured_checkpoint(
 ) -> None:
     """Stopped in the third measurement, and started again: the same figures as undisturbed."""
     sft = bench.conf("sft", gate="stock")
-    measure, done = command.measure, []
+    done: list[int] = []
 
     def stops(*arguments: Any) -> Any:
         if len(done) == 2:
@@ -165,13 +167,13 @@ def test_a_run_that_is_not_finished(bench: Bench, capsys: pytest.CaptureFixture[
 
 def test_what_differs_beside_the_loss_is_another_method(bench: Bench) -> None:
     first, second = bench.conf("first", top_k=10), bench.conf("second", top_k=20)
-    sources, _ = command.find_sources([first, second])
-    assert command.method_names(sources) == ["eaft alpha=1 loss.top_k=10", "eaft alpha=1 loss.top_k=20"]
+    sources, _ = find_sources([first, second])
+    assert method_names(sources) == ["eaft alpha=1 loss.top_k=10", "eaft alpha=1 loss.top_k=20"]
     # Learning rates and seeds are told apart within a method.
     path = Path(second)
     path.write_text(path.read_text().replace('top_k": 20', 'top_k": 10').replace("max_steps", "seed: 4, max_steps"))
-    sources, _ = command.find_sources([first, second])
-    assert command.method_names(sources) == ["eaft alpha=1", "eaft alpha=1"]
+    sources, _ = find_sources([first, second])
+    assert method_names(sources) == ["eaft alpha=1", "eaft alpha=1"]
 
 
 def test_a_training_that_is_stopped_stops_the_comparison(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,15 +13,17 @@ import torch
 from nemo_eaft.compare.drift import measure_drift, reference, sample
 from nemo_eaft.compare.forward import batches
 from nemo_eaft.compare.measure import Task, measure
-from nemo_eaft.compare.probe import answer_scores, measure_probe, read_questions, to_question
+from nemo_eaft.compare.probe import Scoring, answer_scores, measure_probe, read_questions, to_question
 from nemo_eaft.compare.target import measure_target, read_rows
 from nemo_eaft.compare.text import measure_text, windows
 from nemo_eaft.data import Tokens
 from tests.compare.models import pair
 from tests.nemo.models import VOCAB_SIZE, save_tokenizer
 
-# Float32 logits against float64 ones of the same weights.
-CLOSE = {"rel": 1e-5, "abs": 1e-5}
+
+def close(expected: list[float]) -> Any:
+    """Float32 logits against float64 ones of the same weights."""
+    return pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +78,9 @@ def test_target_cross_entropy_and_exact_match(models: tuple[Any, Any]) -> None:
             eos_token_id=None,
         )
         right.append(written[0].tolist() == row.input_ids)
-    assert list(measured["target"].values) == pytest.approx(nats, **CLOSE)
+    assert list(measured["target"].values) == close(nats)
     assert measured["target"].counts == (7, 2, 10)
-    assert measured["target"].mean == pytest.approx(sum(nats) / 19, **CLOSE)
+    assert measured["target"].mean == pytest.approx(sum(nats) / 19, rel=1e-5)
     assert right == [False, True, False]
     assert [bool(each) for each in measured["exact"].values] == right
 
@@ -145,7 +147,7 @@ def test_general_text(models: tuple[Any, Any], tokenizer: Any) -> None:
     for piece in pieces:
         predicted = exact(models[0], piece)
         nats.append(-sum(predicted[place, piece[place + 1]].item() for place in range(11)))
-    assert list(measured.values) == pytest.approx(nats, **CLOSE)
+    assert list(measured.values) == close(nats)
     assert measured.counts == (11, 11, 11)
     with pytest.raises(ValueError, match="at least one window of 60"):
         windows(tokenizer, text, 1, 60)
@@ -153,7 +155,7 @@ def test_general_text(models: tuple[Any, Any], tokenizer: Any) -> None:
 
 def test_probe(models: tuple[Any, Any], tokenizer: Any, tmp_path: Path) -> None:
     model = models[0]
-    rows = [
+    rows: list[Any] = [
         {"question": f"t{n} t{n + 1}", "answers": [f"t{n + 20} t1", f"t{n + 40}", f"t{n + 60} t2 t3"], "right": n % 3}
         for n in range(12)
     ]
@@ -169,10 +171,11 @@ def test_probe(models: tuple[Any, Any], tokenizer: Any, tmp_path: Path) -> None:
             scores.append([predicted[len(asked) - 1 + n, token].item() for n, token in enumerate(ids)])
         whole.append([sum(each) for each in scores])
         first.append([each[0] for each in scores])
-    for scoring, expected in (("full", whole), ("first", first)):
+    scorings: tuple[tuple[Scoring, list[list[float]]], ...] = (("full", whole), ("first", first))
+    for scoring, expected in scorings:
         questions = read_questions(path, tokenizer, scoring)
         for got, wanted in zip(answer_scores(model, questions, scoring), expected, strict=True):
-            assert got == pytest.approx(wanted, **CLOSE)
+            assert got == close(wanted)
         right = [float(max(each) == each[row["right"]]) for each, row in zip(expected, rows, strict=True)]
         assert 0 < sum(right) < len(right)
         assert list(measure_probe(model, questions, scoring).values) == right

@@ -47,12 +47,12 @@ def test_a_curve_is_the_best_learning_rate_that_all_seeds_reached() -> None:
 def test_levels_are_parts_of_what_both_have_reached() -> None:
     first = {None: [course((2.0, 0.0), (0.5, 1.0))]}
     second = {None: [course((2.0, 0.0), (1.0, 1.0))]}
-    assert common_range(first, second) == (1.0, 2.0)
+    assert [float(each) for each in common_range(first, second)] == [1.0, 2.0]
     np.testing.assert_allclose(levels_in(np.array(1.0), np.array(2.0), (0.25, 1.0)), [1.75, 1.0])
     # A third of 0.1 in float64: the last level must not fall below the range.
     assert levels_in(np.array(0.1 / 3), np.array(0.7), (1.0,))[0] == 0.1 / 3
     never = {None: [course((2.0, 0.0), (2.1, 1.0))]}
-    assert common_range(first, never) == (2.0, 2.0)
+    assert [float(each) for each in common_range(first, never)] == [2.0, 2.0]
     assert np.isnan(mean_difference(first, never))
 
 
