@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     paths = []
     for source, method in zip(sources, methods, strict=True):
         steps, points = [0], [start]
-        for checkpoint in kept_checkpoints([source])[source.word]:
+        for checkpoint in kept_checkpoints(source):
             content = content_digest(checkpoint)
             found = store.get(content)
             if found is None and source.settings is None:

@@ -187,9 +187,9 @@ def _seeds(counts: Mapping[str, int], draws: int, generator: np.random.Generator
 def _most_seeds(paths: Sequence[Path]) -> dict[str, dict[float | None, list[Path]]]:
     """Method -> learning rate -> runs in the order of their seeds, at the learning rates with the most of them: one
     that was tried with a single seed would win by luck."""
-    found: dict[str, dict[float | None, list[Path]]] = {}
+    found: dict[str, dict[float | None, list[Path]]] = {path.method: {} for path in paths}
     for path in sorted(paths, key=lambda path: (path.seed is None, path.seed, path.name)):
-        found.setdefault(path.method, {}).setdefault(path.learning_rate, []).append(path)
+        found[path.method].setdefault(path.learning_rate, []).append(path)
     for method, rates in found.items():
         most = max(map(len, rates.values()))
         found[method] = {rate: runs for rate, runs in rates.items() if len(runs) == most}

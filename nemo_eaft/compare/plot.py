@@ -55,7 +55,7 @@ def _write(paths: Sequence[Path], matching: Matching, measure: str, png: File, t
         curve: dict[float | None, list[Course]] = {}
         for path in (path for path in paths if path.method == method):
             course = Course(forgetting(path, QUALITY)[0], forgetting(path, measure)[0])
-            axes.plot(*course, color=colour, linewidth=0.6, alpha=0.4, marker=mark, markersize=3.5, markeredgewidth=0)
+            axes.plot(*course, color=colour, linewidth=0.6, alpha=0.35, marker=mark, markersize=3, markeredgewidth=0)
             if path.learning_rate in matching.learning_rates[method]:
                 curve.setdefault(path.learning_rate, []).append(course)
         base, lowest = next(iter(curve.values()))[0].quality[0], float(reach(curve))

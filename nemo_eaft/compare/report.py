@@ -94,7 +94,9 @@ def _points(paths: Sequence[Path]) -> list[str]:
         seed = "" if path.seed is None else str(path.seed)
         for step, point in zip(path.steps[1:], path.points[1:], strict=True):
             cells = " | ".join(f"{point[name].mean:.4f}" for name in measures)
-            lines.append(f"| {path.name} | {path.method} | {rate} | {seed} | {step} | {cells} |")
+            # A folder of weights does not say after how many steps it was exported.
+            done = "" if path.seed is None else step
+            lines.append(f"| {path.name} | {path.method} | {rate} | {seed} | {done} | {cells} |")
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,10 @@ def find_sources(words: Sequence[str]) -> tuple[list[Source], list[str]]:
         )
     seen: dict[Path, str] = {}
     for source in sources:
-        other = seen.setdefault(source.folder.resolve(), source.word)
-        if other is not source.word or sum(source.folder == each.folder for each in sources) > 1:
-            raise ValueError(f"{other} and {source.word} are one run, {source.folder}; each needs a run.dir of its own")
+        folder = source.folder.resolve()
+        if folder in seen:
+            raise ValueError(f"{seen[folder]} and {source.word} are one run, {folder}; each needs a run.dir of its own")
+        seen[folder] = source.word
     return sources, overrides
 
 
@@ -192,8 +193,6 @@ def loss_name(settings: Settings) -> str:
     return f"eaft alpha={loss.alpha:g}" if loss.gate == "eaft" else loss.gate
 
 
-def kept_checkpoints(sources: Iterable[Source]) -> dict[str, list[Path]]:
-    """Word -> what is measured of it, oldest first: the checkpoints of a run, or the exported folder."""
-    return {
-        source.word: [source.folder] if source.settings is None else checkpoints_in(source.folder) for source in sources
-    }
+def kept_checkpoints(source: Source) -> list[Path]:
+    """What is measured, oldest first: the finished checkpoints of a run, or the exported folder."""
+    return [source.folder] if source.settings is None else checkpoints_in(source.folder)

@@ -16,7 +16,7 @@ import numpy as np
 
 from nemo_eaft.compare.record import Values
 
-GRID = 200
+GRID = 100
 """Equal parts into which the common range of two curves is cut for the area between them."""
 
 
