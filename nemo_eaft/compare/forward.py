@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -51,9 +52,20 @@ def log_probabilities(
                 # Padded on the right: no token of a row sees what follows it.
                 ids[line, : len(rows[index])] = torch.tensor(rows[index])
                 mask[line, : len(rows[index])] = 1
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+            # Most tokens of a row are its prompt, of which no logit is wanted.
+            wanted = torch.tensor(sorted({place for index in batch for place in places[index]}), device=model.device)
+            options = {"logits_to_keep": wanted} if _takes_places(model) else {}
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
             for line, index in enumerate(batch):
                 chosen = torch.tensor(places[index], dtype=torch.long, device=logits.device)
+                if options:
+                    chosen = torch.searchsorted(wanted, chosen)
                 yield index, logits[line, chosen].float().log_softmax(-1)
     finally:
         model.train(training)
+
+
+def _takes_places(model: Any) -> bool:
+    """Whether a model computes the logits of chosen places alone, as most of ``transformers`` do."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nemo_eaft.compare.drift import measure_drift, reference, sample
-from nemo_eaft.compare.forward import batches
+from nemo_eaft.compare.forward import batches, log_probabilities
 from nemo_eaft.compare.measure import Task, measure
 from nemo_eaft.compare.probe import Scoring, answer_scores, measure_probe, read_questions, to_question
 from nemo_eaft.compare.target import measure_target, read_rows
@@ -213,3 +213,18 @@ def test_batches_keep_the_order_and_hold_no_more_than_allowed() -> None:
     assert [index for batch in found for index in batch] == list(range(7))
     assert all(len(batch) * max(lengths[index] for index in batch) <= 20 or len(batch) == 1 for batch in found)
     assert found == [[0, 1], [2, 3], [4], [5, 6]]
+
+
+def test_a_model_that_computes_all_logits_gives_the_same(models: tuple[Any, Any]) -> None:
+    class Whole(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
+            return models[0](input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    rows, places = rows_of(7, 12, 5), [[6], [0, 4, 10], [2, 3]]
+    for (number, some), (other, whole) in zip(
+        log_probabilities(models[0], rows, places), log_probabilities(Whole(), rows, places), strict=True
+    ):
+        assert number == other
+        torch.testing.assert_close(some, whole, rtol=0, atol=1e-5)
