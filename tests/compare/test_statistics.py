@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nemo_eaft.compare.matching import match
+from nemo_eaft.compare.matching import forgetting, match
 from nemo_eaft.compare.record import Path, Sums
 from nemo_eaft.compare.statistics import Course, at_level, common_range, curve_at, levels_in, mean_difference, reach
 
@@ -166,3 +166,30 @@ def test_runs_that_cannot_be_compared() -> None:
         match([first, other], "c")
     with pytest.raises(ValueError, match="not measured on the same rows"):
         run("a", 0, [0, 1], [2.0, 1.0], [[0.0, 0.0], [0.4, 0.4, 0.4]])
+
+
+def test_what_counts_as_forgetting() -> None:
+    """Cross-entropy of general text rises, right answers are lost, drift is forgetting itself."""
+    base = {
+        "target": Sums((2.0,), (1,)),
+        "exact": Sums((0.0,), (1,)),
+        "drift": Sums((0.0,), (3,)),
+        "text": Sums((6.0,), (2,)),
+        "probe": Sums((1.0, 1.0, 0.0, 1.0), (1, 1, 1, 1)),
+    }
+    tuned = {
+        "target": Sums((1.0,), (1,)),
+        "exact": Sums((1.0,), (1,)),
+        "drift": Sums((0.6,), (3,)),
+        "text": Sums((7.0,), (2,)),
+        "probe": Sums((1.0, 0.0, 0.0, 0.0), (1, 1, 1, 1)),
+    }
+    path = Path("a", "a", None, None, (0, 5), (base, tuned))
+    found = {measure: forgetting(path, measure)[0].tolist() for measure in base}
+    assert found == {
+        "target": [2.0, 1.0],
+        "exact": [0.0, 1.0],
+        "drift": [0.0, pytest.approx(0.2)],
+        "text": [0.0, 0.5],
+        "probe": [0.0, 0.5],
+    }
