@@ -57,7 +57,8 @@ def sample(model: Any, start: int, count: int, length: int, seed: int, end: int 
 
 def reference(model: Any, texts: Sequence[Sequence[int]]) -> list[Tensor]:
     """The base model's side: for each text [tokens - 1, V] float32 on the CPU."""
-    return [predicted.cpu() for _, predicted in log_probabilities(model, texts, _places(texts))]
+    found = {index: predicted.cpu() for index, predicted in log_probabilities(model, texts, _places(texts))}
+    return [found[index] for index in range(len(texts))]
 
 
 def measure_drift(model: Any, texts: Sequence[Sequence[int]], base: Reference) -> Sums:
@@ -68,10 +69,10 @@ def measure_drift(model: Any, texts: Sequence[Sequence[int]], base: Reference) -
         texts: of :func:`sample`.
         base: what :func:`reference` gave for each.
     """
-    nats = []
+    nats = [0.0] * len(texts)
     for index, tuned in log_probabilities(model, texts, _places(texts)):
         there = base(index).to(tuned.device)
-        nats.append(((there - tuned) * there.exp()).sum(-1).double().sum().item())
+        nats[index] = ((there - tuned) * there.exp()).sum(-1).double().sum().item()
     return Sums(tuple(nats), tuple(len(text) - 1 for text in texts))
 
 

@@ -14,14 +14,13 @@ TOKENS = 2048
 
 
 def batches(lengths: Sequence[int], tokens: int = TOKENS) -> Iterator[list[int]]:
-    """Indices of rows that go through the model together, in their order, so that a measurement repeats exactly."""
+    """Indices of rows that go through the model together: rows of like length, so that little is padding, and the same
+    ones each time, so that a measurement repeats exactly."""
     batch: list[int] = []
-    longest = 0
-    for index, length in enumerate(lengths):
-        longest = max(longest, length)
-        if batch and longest * (len(batch) + 1) > tokens:
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        if batch and lengths[index] * (len(batch) + 1) > tokens:
             yield batch
-            batch, longest = [], length
+            batch = []
         batch.append(index)
     if batch:
         yield batch
@@ -31,7 +30,7 @@ def batches(lengths: Sequence[int], tokens: int = TOKENS) -> Iterator[list[int]]
 def log_probabilities(
     model: Any, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
 ) -> Iterator[tuple[int, Tensor]]:
-    """The model's predictions, row by row in their order.
+    """The model's predictions of every row, those of short rows first.
 
     Args:
         model: a causal model of ``transformers``; put into evaluation mode and back.

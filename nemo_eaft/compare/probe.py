@@ -97,14 +97,16 @@ def answer_scores(model: Any, questions: Sequence[Question], scoring: Scoring) -
     if scoring == "first":
         rows = [question.prompt for question in questions]
         last = [[len(row) - 1] for row in rows]
+        found = dict(log_probabilities(model, rows, last))
         return [
-            [predicted[0, answer[0]].item() for answer in questions[index].answers]
-            for index, predicted in log_probabilities(model, rows, last)
+            [found[index][0, answer[0]].item() for answer in question.answers]
+            for index, question in enumerate(questions)
         ]
     asked = [(question, answer) for question in questions for answer in question.answers]
     rows = [question.prompt + answer for question, answer in asked]
     places = [range(len(row) - len(answer) - 1, len(row) - 1) for row, (_, answer) in zip(rows, asked, strict=True)]
-    scores = iter([_sum(predicted, asked[index][1]) for index, predicted in log_probabilities(model, rows, places)])
+    sums = {index: _sum(predicted, asked[index][1]) for index, predicted in log_probabilities(model, rows, places)}
+    scores = (sums[index] for index in range(len(asked)))
     return [[next(scores) for _ in question.answers] for question in questions]
 
 

@@ -42,10 +42,10 @@ def measure_target(model: Any, rows: Sequence[Tokens]) -> Measures:
     is generated. Where a row has several answers, each is judged after the true ones before it, and all must match.
     """
     places = [[place - 1 for start, end in row.answers for place in range(max(start, 1), end)] for row in rows]
-    nats, right = [], []
+    nats, right = [0.0] * len(rows), [0.0] * len(rows)
     for index, predicted in log_probabilities(model, [row.input_ids for row in rows], places):
         labels = torch.tensor([rows[index].input_ids[place + 1] for place in places[index]], device=predicted.device)
-        nats.append(-predicted.gather(1, labels[:, None]).double().sum().item())
-        right.append(float((predicted.argmax(-1) == labels).all().item()))
+        nats[index] = -predicted.gather(1, labels[:, None]).double().sum().item()
+        right[index] = float((predicted.argmax(-1) == labels).all().item())
     counts = tuple(len(each) for each in places)
     return {"target": Sums(tuple(nats), counts), "exact": Sums(tuple(right), (1,) * len(rows))}

@@ -30,8 +30,8 @@ def windows(tokenizer: Any, text: str, count: int, length: int) -> list[list[int
 def measure_text(model: Any, pieces: Sequence[Sequence[int]]) -> Sums:
     """Nats of every token of each piece but its first, which has nothing before it."""
     places = [range(len(piece) - 1) for piece in pieces]
-    nats = []
+    nats = [0.0] * len(pieces)
     for index, predicted in log_probabilities(model, pieces, places):
         labels = torch.tensor(pieces[index][1:], device=predicted.device)
-        nats.append(-predicted.gather(1, labels[:, None]).double().sum().item())
+        nats[index] = -predicted.gather(1, labels[:, None]).double().sum().item()
     return Sums(tuple(nats), tuple(len(piece) - 1 for piece in pieces))
