@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from nemo_eaft.atomic import replacing
@@ -35,24 +37,20 @@ def texts_of_base(
         wanted: how many, how long, which seed.
         identity: plain values of the weights, dtype and device.
     """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     key = digest([identity, wanted.count, wanted.length, wanted.seed, start, tokenizer.eos_token_id])[:24]
-    texts_file, scores_file = folder / f"samples-{key}.json", folder / f"samples-{key}.safetensors"
+    texts_file, scores_file = folder / f"samples-{key}.json", folder / f"samples-{key}.npz"
     if not texts_file.is_file() or not scores_file.is_file():
         base = model()
         texts = sample(base, start, wanted.count, wanted.length, wanted.seed, tokenizer.eos_token_id)
-        scores = {str(number): each for number, each in enumerate(reference(base, texts))}
-        with replacing(scores_file) as temporary:
-            save_file(scores, temporary)
+        scores = {str(number): each.numpy() for number, each in enumerate(reference(base, texts))}
+        with replacing(scores_file) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **scores)
         with replacing(texts_file) as temporary:
             temporary.write_text(json.dumps(texts) + "\n", encoding="utf-8")
-    kept = safe_open(scores_file, framework="pt")
+    kept = np.load(scores_file, allow_pickle=False)  # reads an array when it is asked for
 
     def read(number: int) -> Tensor:
-        found: Tensor = kept.get_tensor(str(number))
-        return found
+        return torch.from_numpy(kept[str(number)])
 
     return json.loads(texts_file.read_text(encoding="utf-8")), read
