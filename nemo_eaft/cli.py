@@ -1,4 +1,4 @@
-"""``nemo-eaft import | train | export | plan | analyze``.
+"""``nemo-eaft import | train | export | plan | analyze | compare``.
 
 Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 75 a training was stopped on request and
 goes on with the same command, 1 anything else.
@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     analyze_command.add_arguments(
         add("analyze", _analyze, "what EAFT would do to a model on some data: conflicts, weights, advice"), _OVERRIDES
     )
+    from nemo_eaft.compare.arguments import add_arguments as add_compare
+
+    add_compare(add("compare", _compare, "target quality against forgetting, of runs from one base model"), _OVERRIDES)
     export = add("export", _export, "convert a checkpoint to a Hugging Face folder")
     export.add_argument("checkpoint", type=Path, help="a checkpoint, or a run.dir for its newest one")
     export.add_argument("output", type=Path, help="folder to write; must not exist or be empty")
@@ -218,6 +221,12 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _analyze(arguments: argparse.Namespace) -> int:
     from nemo_eaft.analyze.command import run
+
+    return run(arguments)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from nemo_eaft.compare.command import run
 
     return run(arguments)
 
