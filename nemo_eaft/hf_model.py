@@ -112,12 +112,17 @@ def check_layout(settings: Settings, hf_config: Any) -> None:
     if parallel.expert > 1 and (experts is None or experts % parallel.expert):
         there = "has no experts: allowed is 1" if experts is None else f"has {experts} experts, which it must divide"
         raise ValueError(f"parallel.expert={parallel.expert}: {settings.model.hf} {there}")
+    warn_of_length(settings, hf_config)
+
+
+def warn_of_length(settings: Settings, hf_config: Any) -> None:
+    """Warn where rows are longer than what the model was made for."""
     positions = getattr(hf_config, "max_position_embeddings", None)
     if positions is not None and settings.trainer.seq_length > positions:
         warnings.warn(
             f"trainer.seq_length={settings.trainer.seq_length} is longer than the {positions} positions that "
             f"{settings.model.hf} was made for",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

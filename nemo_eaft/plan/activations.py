@@ -76,6 +76,14 @@ def final_norm_bytes(shape: ModelShape, batch: MicroBatch) -> int:
     return norm + batch.residual_tokens * shape.hidden_size * batch.itemsize
 
 
+def embedding_backward_bytes(shape: ModelShape, layout: Layout, batch: MicroBatch) -> int:
+    """Gradients of the embedding's rows and of what it gave, both whole and of the model's dtype, until Megatron's DDP
+    has added the first to its buffer (``distributed/distributed_data_parallel.py``): Megatron fuses that addition for
+    linear layers alone."""
+    rows = shape.vocab_size // layout.tensor
+    return (rows + batch.tokens) * shape.hidden_size * batch.itemsize
+
+
 def score_buffer_bytes(shape: ModelShape, layout: Layout, batch: MicroBatch) -> int:
     """Where unfused attention multiplies queries by keys: one for all layers, kept for good
     (``parallel_state.get_global_memory_buffer``)."""
@@ -101,7 +109,7 @@ class _Widths:
     @classmethod
     def of(cls, shape: ModelShape, layout: Layout, batch: MicroBatch) -> _Widths:
         # Experts get top-k copies of each token, in all as many tokens as there are (assumed: evenly spread). Their
-        # matrices are cut over the tensor-parallel ranks, which share the tokens.
+        # matrices are cut over the tensor-parallel ranks, each of which gets all of them.
         sent = shape.num_experts_per_tok if shape.num_experts is not None else 0
         return cls(
             hidden=shape.hidden_size,
@@ -199,7 +207,9 @@ def _feed_forward(width: _Widths, batch: MicroBatch, tensors: int, shape: ModelS
     if shape.num_experts is None:
         return batch.tokens * tensors * width.feed_forward * batch.itemsize
     # The result before it is multiplied by the expert's probability as well; the tokens as experts get them; the
-    # router's numbers.
+    # router's numbers. Under sequence parallelism experts' inputs are gathered before their first linear layer, which
+    # keeps them whole (moe/token_dispatcher.py, dispatch_postprocess; extensions/transformer_engine.py,
+    # explicit_expert_comm), where a dense one keeps its part and gathers again.
     kept = batch.tokens * (tensors + 1) * width.feed_forward * batch.itemsize
-    kept += batch.residual_tokens * width.sent * width.hidden * batch.itemsize
+    kept += batch.tokens * width.sent * width.hidden * batch.itemsize
     return kept + batch.residual_tokens * 4 * shape.num_experts * _FLOAT32

@@ -32,9 +32,18 @@ class MicroBatch:
 
     @classmethod
     def of(cls, settings: Settings, layout: Layout, attention: Attention | None = None) -> MicroBatch:
-        """The micro-batch of a run. ``attention``: None for what the backend has, flash on GPUs and unfused on the
-        CPU."""
+        """The micro-batch of a run.
+
+        attention: None for what the run takes: flash on GPUs, unfused on the CPU and for float32, which Transformer
+            Engine's flash and fused attention do not (``dot_product_attention/utils.py``, get_attention_backend).
+
+        Raises:
+            ValueError: flash attention in float32.
+        """
         trainer, on_cpu = settings.trainer, settings.run.backend == "cpu"
+        if attention == "flash" and trainer.precision == "fp32":
+            raise ValueError("--attention=flash: not with trainer.precision=fp32; allowed is unfused")
+        usual: Attention = "unfused" if on_cpu or trainer.precision == "fp32" else "flash"
         length = max(trainer.seq_length, settings.data.packed_size or 0)
         return cls(
             rows=trainer.micro_batch_size,
@@ -43,7 +52,7 @@ class MicroBatch:
             itemsize={"bf16": 2, "fp32": 4}[trainer.precision],
             sequence_shards=layout.tensor if layout.sequence else 1,
             layers="local" if on_cpu else "transformer_engine",
-            attention=attention or ("unfused" if on_cpu else "flash"),
+            attention=attention or usual,
         )
 
     @property

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eaft.compose import compose
-from nemo_eaft.hf_model import check_layout
+from nemo_eaft.hf_model import check_layout, warn_of_length
 from nemo_eaft.plan.hardware import Hardware
 from nemo_eaft.plan.layouts import nearest, search
 from nemo_eaft.plan.plan import Plan
-from nemo_eaft.plan.rehearsal import rehearse
+from nemo_eaft.plan.rehearsal import check_environment, rehearse
 from nemo_eaft.plan.report import as_mapping, show, show_layouts, summary
 from nemo_eaft.plan.shape import find_shape
 from nemo_eaft.settings import Settings
@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser, overrides: str) -> None:
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="search the best layout of N GPUs, 8 in a machine")
     parser.add_argument("--model", metavar="NAME", help="Hugging Face name or folder, in place of model.hf")
-    parser.add_argument("--attention", choices=("flash", "unfused"), help="default: flash on GPUs, unfused on the CPU")
+    parser.add_argument(
+        "--attention", choices=("flash", "unfused"), help="default: flash on GPUs, unfused on the CPU and with fp32"
+    )
     defaults = Hardware()
     for name, (metavar, text) in _ASSUMED.items():
         default = getattr(defaults, name)
@@ -66,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     conf, overrides = _words(arguments)
     hardware = _hardware(arguments)
+    if arguments.rehearse:
+        check_environment()
     if arguments.gpus is not None:
         if arguments.rehearse:
             raise ValueError("--rehearse needs the layout of a CONF; allowed is --gpus or --rehearse")
@@ -77,6 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_layout(settings, shape)
     plan = Plan(settings, shape, hardware, arguments.attention)
     others = [] if plan.verdict == "fits" else nearest(plan)
+    if not arguments.json:
+        # Before a rehearsal, which takes a while and may fail.
+        show(plan, others, _console())
+        sys.stdout.flush()
     rehearsal = None
     if arguments.rehearse:
         print("nemo-eaft: NeMo builds every kind of rank; half a minute, or a few", file=sys.stderr, flush=True)
@@ -84,10 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         mapping = as_mapping(plan) | {"nearest_that_fit": [summary(other) for other in others]}
         _print_json(mapping if rehearsal is None else mapping | {"rehearsal": rehearsal.as_mapping()})
-    else:
-        show(plan, others, _console())
-        if rehearsal is not None:
-            print("\n".join(rehearsal.lines()))
+    elif rehearsal is not None:
+        print("\n".join(rehearsal.lines()))
     return 0 if rehearsal is None or rehearsal.passed else 1
 
 
@@ -101,6 +107,7 @@ def _search(arguments: argparse.Namespace, conf: str | None, overrides: list[str
         raise ValueError(f"--gpus={gpus} needs --model NAME or a CONF")
     settings = _compose(conf or str(START), overrides, arguments.model)
     shape = find_shape(settings.model.hf)
+    warn_of_length(settings, shape)
     plans = search(settings, shape, hardware, arguments.attention, (gpus // per_node, per_node))
     if not plans:
         raise ValueError(

@@ -34,6 +34,10 @@ class Hardware:
 CONTEXT_BYTES = 2 * 10**9
 """CUDA context, cuBLAS, cuDNN and their workspaces, and what the allocator cannot use (assumed)."""
 
+NAMED_TO_REPORTED = 1.07
+"""A GPU reports up to so many times the GB of its name: nvidia-smi lists 81559 MiB, 85.5 x 10^9 bytes, for an H100 of
+"80 GB"."""
+
 COMMUNICATOR_BYTES = 10**9
 """NCCL's buffers for each kind of group with more than one rank (assumed)."""
 

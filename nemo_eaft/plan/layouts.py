@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,7 +86,10 @@ def _legal(
                     parallel=parallel | {"sequence": tensor > 1},
                     trainer={"num_nodes": nodes, "gpus_per_node": per_node, "recompute": recompute},
                 )
-                check_layout(run, shape)
+                # What it warns of is the same for every layout: the caller says it once.
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)
+                    check_layout(run, shape)
             except ValueError:
                 continue
             yield run

@@ -11,12 +11,13 @@ from nemo_eaft.logits_memory import choose_fused_linear, rank_memory
 from nemo_eaft.plan.activations import (
     LayerBytes,
     chunks_in_flight,
+    embedding_backward_bytes,
     final_norm_bytes,
     layer_bytes,
     score_buffer_bytes,
 )
 from nemo_eaft.plan.batch import Attention, MicroBatch
-from nemo_eaft.plan.hardware import COMMUNICATOR_BYTES, CONTEXT_BYTES, TIGHT, Hardware
+from nemo_eaft.plan.hardware import COMMUNICATOR_BYTES, CONTEXT_BYTES, NAMED_TO_REPORTED, TIGHT, Hardware
 from nemo_eaft.plan.layout import Layout
 from nemo_eaft.plan.loss_memory import LOSS_PATHS, LossPath, loss_bytes, loss_path
 from nemo_eaft.plan.memory import StateBytes, state_bytes
@@ -36,7 +37,7 @@ class StageMemory:
     state: StateBytes
     activations: int
     """What layers keep for backward, of all micro-batches in flight, and what one layer's backward takes on the stages
-    without a loss."""
+    without a loss, or the embedding's on the first of several."""
     loss: int
     """Logits and loss, beside the activations; 0 but on the last stage."""
     overhead: int
@@ -101,8 +102,15 @@ class Plan:
 
     @cached_property
     def fused_linear(self) -> bool:
-        """What ``loss.fused_linear`` means on such a GPU."""
-        return choose_fused_linear(self.settings, self.shape.vocab_size, self.memory_bytes)[0]
+        """What ``loss.fused_linear`` means on such a GPU.
+
+        ``auto`` asks the GPU, which has more than its name says; where that could decide either way, the way that takes
+        more memory.
+        """
+        on_cpu = self.settings.run.backend == "cpu"
+        sizes = [self.memory_bytes] if on_cpu else [self.memory_bytes, int(self.memory_bytes * NAMED_TO_REPORTED)]
+        choices = [choose_fused_linear(self.settings, self.shape.vocab_size, size)[0] for size in sizes]
+        return max(choices, key=lambda fused: self.loss_by_path()[loss_path(self.settings, fused)])
 
     @cached_property
     def path(self) -> LossPath:
@@ -165,17 +173,29 @@ class Plan:
     def kept_by_layers(self, stage: int, recompute: str) -> int:
         """Bytes that layers and the last norm keep for backward, of all micro-batches in flight."""
         layout = self.layout
-        per_chunk = layout.layers_of(stage, self.shape.num_hidden_layers) // layout.virtual_pipeline
         chunks = chunks_in_flight(layout, stage, self.settings.num_micro_batches)
-        kept = chunks * per_chunk * self.layer.kept(recompute)
+        kept = chunks * self._chunk(stage, recompute)
         if stage == layout.pipeline - 1:
             kept += final_norm_bytes(self.shape, self.batch)
         return kept + score_buffer_bytes(self.shape, layout, self.batch)
 
     def _activations(self, stage: int, recompute: str) -> int:
-        """Bytes of activations of a stage, and of one layer's backward where that takes more than the loss."""
+        """Bytes of activations of a stage, and of one layer's backward where that takes more than the loss, or on the
+        first of several stages of the embedding's."""
         backward = self.layer.again(recompute) + self.layer.gradients
-        return self.kept_by_layers(stage, recompute) + max(backward - self._loss(stage), 0)
+        kept, layout = self.kept_by_layers(stage, recompute), self.layout
+        at_most = kept + max(backward - self._loss(stage), 0)
+        if stage > 0 or layout.pipeline == 1:
+            return at_most
+        # The end of a chunk's backward: nothing of the chunk is kept by then.
+        return max(
+            at_most, kept - self._chunk(stage, recompute) + embedding_backward_bytes(self.shape, layout, self.batch)
+        )
+
+    def _chunk(self, stage: int, recompute: str) -> int:
+        """Bytes that the layers of one model chunk keep of one micro-batch."""
+        layers = self.layout.layers_of(stage, self.shape.num_hidden_layers)
+        return layers // self.layout.virtual_pipeline * self.layer.kept(recompute)
 
     def _loss(self, stage: int) -> int:
         if stage < self.layout.pipeline - 1:

@@ -70,21 +70,26 @@ def step_time(
     each, number = flops_per_token(shape, batch.context_length), settings.num_micro_batches
     again = {"none": 0, "selective": each["scores"], "full": each["layers"]}[settings.trainer.recompute]
     fused = each["output_layer"] if path == "eaft_fused_linear" and layout.tensor * layout.virtual_pipeline > 1 else 0
-    own_layers = max(layout.layers_of(stage, shape.num_hidden_layers) for stage in range(layout.pipeline))
-    layers = (3 * each["layers"] + again) / layout.tensor * own_layers / shape.num_hidden_layers
-    output_layer = (3 * each["output_layer"] + fused) / layout.tensor
-    # Every micro-batch waits for the slowest stage, which has the output layer.
-    seconds = batch.tokens * (layers + output_layer) / (hardware.tflops * 1e12 * hardware.mfu)
+    rate = hardware.tflops * 1e12 * hardware.mfu * layout.tensor
     if settings.trainer.precision == "fp32":
         # TF32 products, half as fast.
-        seconds *= 2
-    bubbles = (layout.pipeline - 1) / layout.virtual_pipeline
+        rate /= 2
+    layer = batch.tokens * (3 * each["layers"] + again) / shape.num_hidden_layers / rate
+    output_layer = batch.tokens * (3 * each["output_layer"] + fused) / rate
     per_layer = _tensor_parallel(shape, layout, settings, batch, hardware)
-    per_layer_experts = _expert_parallel(shape, layout, batch, hardware)
-    communication = own_layers * (per_layer + per_layer_experts)
+    per_layer_experts = _expert_parallel(shape, layout, settings, batch, hardware)
+
+    def of_stage(stage: int) -> tuple[float, int, float]:
+        """Seconds of a micro-batch, layers, and the seconds in which the rank computes."""
+        own = layout.layers_of(stage, shape.num_hidden_layers)
+        computing = own * layer + (output_layer if stage == layout.pipeline - 1 else 0)
+        return computing + own * (per_layer + per_layer_experts), own, computing
+
+    # Every micro-batch waits for the slowest stage: the last, which has the output layer, or one with more layers.
+    slowest, own_layers, seconds = max(map(of_stage, range(layout.pipeline)))
     return StepTime(
         compute=number * seconds,
-        bubble=bubbles * (seconds + communication),
+        bubble=(layout.pipeline - 1) / layout.virtual_pipeline * slowest,
         tensor_parallel=number * own_layers * per_layer,
         expert_parallel=number * own_layers * per_layer_experts,
         data_parallel=max(_data_parallel(stage, layout, settings, batch, hardware) for stage in stages),
@@ -94,24 +99,33 @@ def step_time(
 def _tensor_parallel(
     shape: ModelShape, layout: Layout, settings: Settings, batch: MicroBatch, hardware: Hardware
 ) -> float:
-    """Seconds of a layer's sums: two forward, two backward, two more where forward is repeated; each an all-reduce, or
-    an all-gather and a reduce-scatter, which take as long together."""
+    """Seconds of a layer's sums: one behind attention and one behind the feed-forward part, forward, backward, and
+    once more where forward is repeated; each an all-reduce, or an all-gather and a reduce-scatter, which take as long
+    together. To experts goes each token as often as it has experts (``moe/token_dispatcher.py``,
+    dispatch_postprocess)."""
     if layout.tensor == 1:
         return 0.0
-    sums = 6 if settings.trainer.recompute == "full" else 4
+    sums = _passes(settings) * (1 + shape.num_experts_per_tok)
     sent = 2 * (layout.tensor - 1) / layout.tensor * batch.tokens * shape.hidden_size * batch.itemsize
     bandwidth = hardware.node_gbs if layout.tensor <= hardware.gpus_per_node else hardware.network_gbs
     return sums * sent / (bandwidth * 1e9)
 
 
-def _expert_parallel(shape: ModelShape, layout: Layout, batch: MicroBatch, hardware: Hardware) -> float:
-    """Seconds in which a layer's tokens go to their experts and come back, forward and backward."""
+def _passes(settings: Settings) -> int:
+    """How often a layer's collectives are called: forward, backward, and in forward that is repeated."""
+    return 3 if settings.trainer.recompute == "full" else 2
+
+
+def _expert_parallel(
+    shape: ModelShape, layout: Layout, settings: Settings, batch: MicroBatch, hardware: Hardware
+) -> float:
+    """Seconds in which a layer's tokens go to their experts and come back, in each pass."""
     if layout.expert == 1:
         return 0.0
     copies = batch.residual_tokens * shape.num_experts_per_tok * (layout.expert - 1) / layout.expert
     inside = layout.expert * layout.tensor <= hardware.gpus_per_node
     bandwidth = hardware.node_gbs if inside else hardware.network_gbs
-    return 4 * copies * shape.hidden_size * batch.itemsize / (bandwidth * 1e9)
+    return 2 * _passes(settings) * copies * shape.hidden_size * batch.itemsize / (bandwidth * 1e9)
 
 
 def _data_parallel(

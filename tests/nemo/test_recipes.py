@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from nemo_eaft.checkpoints import checkpoints_in
-from nemo_eaft.convert import FAMILIES as CONVERTED
 from nemo_eaft.data import read_prepared
 from tests.nemo import jobs, recipes
 from tests.nemo.conftest import Run, Workshop, assemble
@@ -18,16 +17,7 @@ from tests.nemo.ranks import run_ranks
 from tests.nemo.recipes import Recipes
 
 
-def of_family(name: str) -> bool:
-    return recipes.FAMILIES[name][0] in CONVERTED
-
-
-def test_what_waits_for_another_family() -> None:
-    """Nothing, or GLM-4: its recipes are trained below as soon as the package can convert it."""
-    assert {recipes.FAMILIES[name][0] for name in recipes.FAMILIES if not of_family(name)} <= {"glm4"}
-
-
-@pytest.mark.parametrize("name", [name for name in recipes.FAMILIES if of_family(name)])
+@pytest.mark.parametrize("name", recipes.FAMILIES)
 def test_two_steps(made: Recipes, name: str) -> None:
     run = made.train(name)
     prepared = read_prepared(run.dir / "data")

@@ -43,6 +43,22 @@ QWEN3_MOE: dict[str, Any] = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 128,
 }
+# Two norms more in each layer, a bias on queries, keys and values, and a single head of keys for each of two ranks.
+GLM4: dict[str, Any] = {
+    "model_type": "glm4",
+    "hidden_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 96,
+    "vocab_size": 520,
+    "tie_word_embeddings": False,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+    "pad_token_id": 0,
+    "max_position_embeddings": 128,
+}
 
 
 def settings_of(model: str, world: int, *, trainer: dict[str, Any] | None = None, **parallel: Any) -> Settings:
@@ -72,3 +88,7 @@ EXPERTS = settings_of("tiny", 16, tensor=2, pipeline=2, expert=4, sequence=True)
 """TP 2, PP 2, EP 4, DP 4."""
 QWEN3_30B_A3B = settings_of("Qwen/Qwen3-30B-A3B", 64, pipeline=2, expert=4)
 """PP 2, EP 4, DP 32."""
+SANDWICHED = settings_of("tiny", 8, tensor=2, pipeline=2, sequence=True, last_stage_layers=2)
+"""TP 2, PP 2 of three layers and two, DP 2."""
+GLM_4_32B = settings_of("THUDM/GLM-4-32B-0414", 64, tensor=2, pipeline=4, sequence=True, last_stage_layers=13)
+"""TP 2, PP 4 of three times 16 layers and 13, DP 8."""

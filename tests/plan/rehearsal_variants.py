@@ -111,6 +111,11 @@ def qwen3_30b_a3b() -> Any:
     return contextlib.nullcontext()
 
 
+def glm_4_32b() -> Any:
+    """The real one, right."""
+    return contextlib.nullcontext()
+
+
 VARIANTS: dict[str, list[tuple[Fault, dict[str, Any], Settings]]] = {
     "qwen2": [
         (right, cases.QWEN2, cases.TIED),
@@ -128,6 +133,10 @@ VARIANTS: dict[str, list[tuple[Fault, dict[str, Any], Settings]]] = {
         (heads_of_another_size, cases.QWEN3_MOE, cases.EXPERTS),
         (too_few_experts, cases.QWEN3_MOE, cases.EXPERTS),
         (qwen3_30b_a3b, find_config("Qwen/Qwen3-30B-A3B"), cases.QWEN3_30B_A3B),
+    ],
+    "glm4": [
+        (right, cases.GLM4, cases.SANDWICHED),
+        (glm_4_32b, find_config("THUDM/GLM-4-32B-0414"), cases.GLM_4_32B),
     ],
 }
 

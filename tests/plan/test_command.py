@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import pytest
 
 from nemo_eaft.cli import main
 from nemo_eaft.compose import shipped
-from nemo_eaft.convert import FAMILIES
-from nemo_eaft.plan.shape import find_shape, shipped_models
+from nemo_eaft.plan import command
+from nemo_eaft.plan.shape import shipped_models
 from tests.plan import readme_table
 
 QWEN_32B = "Qwen/Qwen2.5-32B-Instruct"
@@ -126,11 +128,7 @@ def test_every_file_of_conf_is_planned(conf: str, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("name", shipped_models())
 def test_every_shipped_model_has_a_layout(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if find_shape(name).model_type in FAMILIES:
-        assert planned(capsys, "--gpus", "8", "--model", name)["layouts"]
-    else:
-        # What cannot be trained is not planned.
-        assert main(["plan", "--gpus", "8", "--model", name]) == 2
+    assert planned(capsys, "--gpus", "8", "--model", name)["layouts"]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +180,59 @@ def test_a_model_of_too_wide_a_layout_is_refused_as_in_training(
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["plan", "qwen3-0.6b", f"model.hf={tmp_path}", "trainer.gpus_per_node=4", "parallel.tensor=4"]) == 2
     assert "parallel.tensor=4 must divide the width 90 of the feed-forward layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--gpus", "8", "--model", "Qwen/Qwen3-8B", "trainer.seq_length=65536"),
+        # Does not fit: other layouts are looked for.
+        ("qwen3-8b", "trainer.seq_length=65536", "--gpu-memory-gb", "24"),
+    ],
+)
+def test_a_warning_is_given_once(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        assert main(["plan", *words]) == 0
+    told = [str(warning.message) for warning in given] + capsys.readouterr().err.splitlines()
+    assert len([line for line in told if "trainer.seq_length=65536 is longer than the 40960 positions" in line]) == 1
+
+
+def test_a_rehearsal_is_refused_at_once_where_transformer_engine_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in NVIDIA's images; found, not imported."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["plan", "qwen3-0.6b", "--rehearse"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.strip().splitlines()) == 1
+    assert "--rehearse: Transformer Engine is installed here" in said.err
+
+
+@pytest.mark.parametrize("name, title", [("nemo", "NeMo"), ("megatron.core", "Megatron-Core")])
+def test_a_rehearsal_is_refused_at_once_where_nemo_is_not(
+    name: str, title: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda other: None if other == name else found(other))
+    assert main(["plan", "qwen3-0.6b", "--rehearse"]) == 2
+    assert f"--rehearse: {title} is not installed" in capsys.readouterr().err
+
+
+def test_the_plan_is_shown_before_a_rehearsal_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(*_: object) -> None:
+        raise RuntimeError("the rehearsal failed")
+
+    monkeypatch.setattr(command, "check_environment", lambda: None)
+    monkeypatch.setattr(command, "rehearse", breaks)
+    with pytest.raises(RuntimeError, match="the rehearsal failed"):
+        main(["plan", "qwen3-0.6b", "--rehearse"])
+    assert "596,049,920 parameters" in capsys.readouterr().out
 
 
 def test_planning_imports_neither_torch_nor_nemo() -> None:

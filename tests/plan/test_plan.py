@@ -28,6 +28,7 @@ from tests.nemo.models import run_settings
 
 QWEN_32B = "Qwen/Qwen2.5-32B-Instruct"
 MOE = "Qwen/Qwen3-30B-A3B"
+GLM_32B = "THUDM/GLM-4-32B-0414"
 
 
 @functools.cache
@@ -147,6 +148,50 @@ def test_recompute_and_sequence_parallel_hold_less() -> None:
     assert without.peak > one.peak
 
 
+def test_experts_keep_their_inputs_whole_under_tensor_parallelism() -> None:
+    """By hand, TP 4, 2048 tokens of 2048: a quarter of the tokens for norms and residuals, a quarter of heads and of
+    each expert, and each token eight times whole for the experts' first linear layer."""
+    one = plan(MOE, "parallel.tensor=4", "parallel.sequence=true")
+    residual = 512 * 2048 * 2
+    attention = 2048 * 2 * ((1024 + 2 * 128) + (1024 + 128) + 1024)
+    head_norms = 2048 * (1024 * 2 + 4 * (8 + 1))
+    # Gate and up, result, silu, a copy of up, and the result before it is multiplied; 768 / 4, eight experts.
+    experts = 2048 * 2 * 6 * 192 * 8 + 2048 * 2 * 8 * 2048
+    router = 512 * 4 * 128 * 4
+    assert one.layer.rest == 4 * residual + 2 * 512 * 4 + attention + head_norms + experts + router
+    # One rank has all of the heads and experts, and as many inputs of them.
+    alone = plan(MOE).layer.rest
+    inputs = 2048 * 2 * 8 * 2048
+    assert (alone - inputs) / (one.layer.rest - inputs) == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_embedding_of_several_stages_has_a_gradient_of_its_own(recompute: str) -> None:
+    """By hand: when a micro-batch's backward ends, three more are in flight, and there are the gradients of a rank's
+    rows and of the hidden states, in bfloat16."""
+    one = plan(QWEN_32B, *CLUSTER, f"trainer.recompute={recompute}")
+    three = one.kept_by_layers(0, recompute) * 3 // 4
+    at_the_end = three + (152064 // 8 + 2048) * 5120 * 2
+    layers = one.kept_by_layers(0, recompute) + one.layer.again(recompute) + one.layer.gradients
+    assert one.memory[0].activations == max(at_the_end, layers)
+    # Small beside layers that keep everything, and more than layers that keep their inputs alone.
+    assert (at_the_end > layers) == (recompute == "full")
+    # With one stage the loss and all layers are there when there is most.
+    alone = plan("Qwen/Qwen3-0.6B", "trainer.recompute=full")
+    assert alone.memory[0].activations == alone.kept_by_layers(0, "full") + max(
+        alone.layer.again("full") + alone.layer.gradients - alone.memory[0].loss, 0
+    )
+
+
+def test_float32_has_no_flash_attention() -> None:
+    single, half = plan(QWEN_32B, *CLUSTER, "trainer.precision=fp32"), plan(QWEN_32B, *CLUSTER)
+    assert (single.batch.attention, half.batch.attention) == ("unfused", "flash")
+    # The scores of five heads, in float32 as they are.
+    assert single.layer.core_attention == 2048 * 2048 * 5 * 4
+    with pytest.raises(ValueError, match=r"^--attention=flash: not with trainer\.precision=fp32; allowed is unfused$"):
+        assert dataclasses.replace(single, attention="flash").verdict
+
+
 # --- loss
 
 
@@ -165,6 +210,38 @@ def test_loss_paths_of_a_32b() -> None:
     # auto, as training decides it: more than a tenth of the memory.
     long = plan(QWEN_32B, "trainer.seq_length=16384", hardware=Hardware(gpu_memory_gb=80))
     assert long.path == "eaft_fused_linear"
+
+
+def test_the_fused_output_layer_counts_the_gradient_that_autograd_gets() -> None:
+    """TP 8, by hand: gathered hidden states, their gradient in float32 and in bfloat16, and zeros of the size of the
+    output layer, whose gradient is in Megatron's buffer by then."""
+    one = plan(QWEN_32B, "parallel.tensor=8", "parallel.sequence=true")
+    hidden, zeros = 2048 * 5120, 152064 // 8 * 5120
+    assert one.loss_by_path()["eaft_fused_linear"] == hidden * (2 + 4) + 2 * (hidden + zeros)
+
+
+@pytest.mark.parametrize(
+    "memory_gb, length, expected",
+    [
+        # Logits and their gradient: 8.27 GB, above a tenth of 80 GB and below that of the 85.5 GB that an H100 reports.
+        (80, 13600, "eaft_unfused"),
+        (80, 14336, "eaft_fused_linear"),
+        (80, 12288, "eaft_unfused"),
+        # 2.49 GB, between a tenth of 24 GB and of what such a GPU may report: fused takes more here.
+        (24, 4096, "eaft_fused_linear"),
+        (24, 3072, "eaft_unfused"),
+    ],
+)
+def test_auto_is_decided_for_what_a_gpu_reports_and_else_for_the_worse(
+    memory_gb: float, length: int, expected: str
+) -> None:
+    one = plan(QWEN_32B, f"trainer.seq_length={length}", hardware=Hardware(gpu_memory_gb=memory_gb))
+    assert one.path == expected
+    need = 4 * length * 152064
+    if memory_gb * 1e8 < need < 1.069 * memory_gb * 1e8:
+        assert one.memory[0].loss == max(one.loss_by_path()[path] for path in ("eaft_unfused", "eaft_fused_linear"))
+    # The fit is judged by the memory given.
+    assert one.memory_bytes == memory_gb * 1e9
 
 
 def test_what_the_loss_sends() -> None:
@@ -206,6 +283,37 @@ def test_step_time() -> None:
     time = alone.time
     assert (time.bubble, time.tensor_parallel, time.expert_parallel, time.data_parallel) == (0, 0, 0, 0)
     assert plan(MOE, "parallel.expert=8").time.expert_parallel > 0
+
+
+def test_a_step_waits_for_the_slowest_stage_there_is() -> None:
+    """GLM-4-32B, 61 layers: three stages of 16, and 13 with the output layer, which takes as long as 1.3 layers."""
+    one = plan(GLM_32B, "parallel.tensor=2", "parallel.pipeline=4", "parallel.last_stage_layers=13")
+    each = flops_per_token(one.shape, 2048)
+    second = 2 * 989e12 * 0.5 / (128 * 2048 * 3)
+    assert 1 < each["output_layer"] / (each["layers"] / 61) < 2
+    assert one.time.compute == pytest.approx(16 / 61 * each["layers"] / second)
+    sums = 128 * 16 * 4 * 2048 * 6144 * 2 / 300e9
+    assert one.time.tensor_parallel == pytest.approx(sums)
+    assert one.time.bubble == pytest.approx(3 * (one.time.compute + sums) / 128)
+    # As many layers and the output layer: the last one.
+    even = plan(QWEN_32B, *CLUSTER)
+    each = flops_per_token(even.shape, 2048)
+    assert even.time.compute == pytest.approx(
+        16 * (each["layers"] / 4 + each["output_layer"]) * 2048 * 3 / (8 * 989e12 * 0.5)
+    )
+
+
+def test_tokens_go_to_experts_once_for_each() -> None:
+    """TP 4: a gather and a scatter of 2048 tokens around attention, and of eight times as many around the experts."""
+    words = ("parallel.tensor=4", "parallel.sequence=true")
+    one, full = plan(MOE, *words), plan(MOE, *words, "trainer.recompute=full")
+    once = 2 * 3 / 4 * 2048 * 2048 * 2 / 300e9
+    assert one.time.tensor_parallel == pytest.approx(64 * 48 * 2 * (1 + 8) * once)
+    assert full.time.tensor_parallel == pytest.approx(1.5 * one.time.tensor_parallel)
+    dense = plan(QWEN_32B, "parallel.tensor=4", "parallel.sequence=true")
+    assert dense.time.tensor_parallel == pytest.approx(64 * 64 * 4 * once * 5120 / 2048)
+    apart, again = plan(MOE, "parallel.expert=8"), plan(MOE, "parallel.expert=8", "trainer.recompute=full")
+    assert again.time.expert_parallel == pytest.approx(1.5 * apart.time.expert_parallel)
 
 
 def test_checkpoint_holds_fourteen_bytes_a_parameter() -> None:

@@ -8,6 +8,7 @@ as plain data (:mod:`.records`) and is checked (:mod:`.checks`). Nothing is trai
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -27,6 +28,30 @@ from nemo_eaft.settings import Settings
 _WORKER = "nemo_eaft.plan.rehearsal.worker"
 
 
+def check_environment() -> None:
+    """Whether a rehearsal can be built here, without an import of what it needs.
+
+    Raises:
+        ValueError: NeMo or Megatron-Core is missing, or there is what the CPU backend refuses (:mod:`nemo_eaft.cpu`).
+    """
+    for name, title in (("nemo", "NeMo"), ("megatron.core", "Megatron-Core")):
+        if not _installed(name):
+            raise ValueError(f"--rehearse: {title} is not installed; without --rehearse the plan needs none")
+    for name, title in (("transformer_engine", "Transformer Engine"), ("apex", "Apex")):
+        if _installed(name):
+            raise ValueError(
+                f"--rehearse: {title} is installed here, and the CPU backend, which builds, does not run beside it; "
+                "rehearse where it is not, or plan without --rehearse"
+            )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
 def rehearse(settings: Settings, fused_linear: bool) -> Rehearsal:
     """Build what the ranks of a run would build, and check it against the plan.
 
@@ -34,8 +59,8 @@ def rehearse(settings: Settings, fused_linear: bool) -> Rehearsal:
     fused_linear: what ``loss.fused_linear`` means on the GPUs of the run.
 
     Raises:
-        ValueError: Megatron-Core or EAFT refuses what is asked for, or the model is not known here.
-        RuntimeError: building failed otherwise.
+        ValueError: EAFT refuses what is asked for, or the model is not known here.
+        RuntimeError: building failed otherwise, as where NeMo or Megatron-Core refuses.
     """
     hf_config = find_config(settings.model.hf)
     built = _in_own_process(settings, hf_config, fused_linear)
@@ -52,7 +77,7 @@ def _in_own_process(settings: Settings, hf_config: Mapping[str, Any], fused_line
         command = [sys.executable, "-m", _WORKER, str(request), str(result)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == 2:
-            raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("nemo_eaft.plan.rehearsal: "))
+            raise ValueError(json.loads(result.read_text())["refused"])
         if done.returncode:
             raise RuntimeError(f"the rehearsal failed (exit code {done.returncode}):\n{done.stderr[-4000:]}")
         return Built.from_mapping(json.loads(result.read_text()))

@@ -75,7 +75,7 @@ def settings_from(mapping: Mapping[str, Any]) -> Settings:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point. 0: RESULT was written; 2: the settings are refused, with the reason on the last line."""
+    """Entry point. 0: RESULT holds what was built; 2: the settings are refused, and RESULT holds the reason."""
     import nemo_eaft.cpu
     from nemo_eaft.launch import is_users
 
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         if not is_users(error):
             raise
-        print(f"nemo_eaft.plan.rehearsal: {error}", file=sys.stderr)
+        result.write_text(json.dumps({"refused": str(error)}))
         return 2
     result.write_text(json.dumps(built.as_mapping()))
     return 0
