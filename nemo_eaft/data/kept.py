@@ -1,8 +1,9 @@
 """Whether a chat template writes all that a row holds.
 
-A template passes over what it does not know: SmolLM2's over functions and calls, Qwen2.5's over roles of others. What it
-leaves out would be neither read nor learnt, and nothing would say so. Here the row is written once more with a mark at
-the end of every text and name; a mark that is not in what comes out was left out.
+A template passes over what it does not know: SmolLM2's over functions and calls, Qwen2.5's over roles of others. What
+it leaves out would be neither read nor learnt, and nothing would say so. Here the row is written once more with a mark
+at the end of every text and name: what has no mark in the result was left out. That holds for the end of a text alone,
+since templates may drop its beginning on purpose (Qwen3: the thoughts of earlier turns).
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ Render = Callable[[list[dict[str, Any]], list[Any] | None], str]
 
 
 def check_kept(render: Render, messages: list[dict[str, Any]], tools: list[Any] | None) -> None:
-    """Raise ``RowError`` if the template leaves out the end of a message (of its thoughts it may), a call or a function.
+    """Refuse a row of which the template leaves out a message, a call or a function.
 
     Args:
         render: the template.
         messages: of the row. Empty texts need no place.
         tools: functions of the row, or None.
+
+    Raises:
+        RowError: naming what is left out.
     """
     # Mark -> what it stands for.
     marks: dict[str, str] = {}
