@@ -33,6 +33,9 @@ def without_nulls(value: Any) -> Any:
 def tools(value: Any, name: str) -> list[dict[str, Any]] | None:
     """The functions of a row as ``{"type": "function", "function": {"name", ...}}`` without nulls; None: no functions.
 
+    A struct column sorts the keys of its values. Those of a function are put in the order that templates show; of the
+    parameters the order is not known and stays.
+
     Args:
         value: null, a list of functions, each an object or JSON text, with or without the wrapping, or all of that as
             JSON text.
@@ -51,8 +54,18 @@ def tools(value: Any, name: str) -> list[dict[str, Any]] | None:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"{name!r}: function {number} must be an object with a 'name'")
-        found.append(tool if "function" in tool else {"type": "function", "function": function})
+        wrapped = tool if "function" in tool else {}
+        found.append({"type": "function", "function": _in_order(function)} | _without(wrapped, "function"))
     return found
+
+
+def _in_order(function: dict[str, Any]) -> dict[str, Any]:
+    first = ("name", "description", "parameters")
+    return {key: function[key] for key in first if key in function} | _without(function, *first)
+
+
+def _without(value: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if key not in keys}
 
 
 def tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
