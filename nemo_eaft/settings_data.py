@@ -9,18 +9,18 @@ from nemo_eaft.settings_checks import at_least, warn
 
 Mapping = Literal["auto", "messages", "conversations", "prompt_response"]
 
-_CHAT = ("messages", "conversations", "prompt_response")
-_TURNS = ("messages", "conversations")
-# Setting -> the mappings that read it.
+# Setting -> the mappings that read it. Those of chat rows that are not here are read with each.
 _READ_BY: dict[str, tuple[str, ...]] = {
-    "messages_column": _TURNS,
-    "tools_column": _CHAT,
+    "messages_column": ("auto", "messages", "conversations"),
     "prompt_column": ("prompt_response",),
     "response_column": ("prompt_response",),
     "reasoning_column": ("prompt_response",),
-    "system_column": _CHAT,
-    "system": _CHAT,
     "prompt_template": ("auto",),
+}
+# Kind of rows -> what they have no use for; with ``auto`` the rows decide.
+_UNREAD: dict[str, tuple[str, ...]] = {
+    "chat": ("prompt_template",),
+    "pair": ("messages_column", "tools_column", "system_column", "system"),
 }
 
 
@@ -44,7 +44,7 @@ class DataSettings:
     mapping: Mapping = "auto"
     """How a row becomes messages (:mod:`nemo_eaft.data.mapping`). ``messages``: a column of ``role``/``content``.
     ``conversations``: a column of ``from``/``value``, as ShareGPT has it. ``prompt_response``: a column for each.
-    ``auto``: rows with ``messages`` as the first, ``input``/``output`` rows by ``data.prompt_template``."""
+    ``auto``: rows with that column of turns as the first, ``input``/``output`` rows by ``data.prompt_template``."""
     messages_column: str | None = None
     """Column of the turns. null: ``messages``, or ``conversations`` with that mapping."""
     tools_column: str = "tools"
@@ -87,13 +87,20 @@ class DataSettings:
                 f"with {{output}}"
             )
         for name, mappings in _READ_BY.items():
-            if self.mapping not in mappings and getattr(self, name) != getattr(type(self), name):
+            if self.mapping not in mappings and self._is_set(name):
                 warn(
                     f"data.{name} has no effect with data.mapping={self.mapping}; it is read with "
                     f"{' or '.join(mappings)}"
                 )
         if self.packed_size is not None and not self.packed:
             warn("data.packed_size has no effect while data.packed=false")
+
+    def without_effect(self, kind: Literal["chat", "pair"]) -> list[str]:
+        """Settings, of those that ``mapping`` reads, that rows of this kind do not."""
+        return [name for name in _UNREAD[kind] if self.mapping == "auto" and self._is_set(name)]
+
+    def _is_set(self, name: str) -> bool:
+        return bool(getattr(self, name) != getattr(type(self), name))
 
     @property
     def turns_column(self) -> str:

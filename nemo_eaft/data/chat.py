@@ -9,7 +9,7 @@ here, with the template alone:
 * it ends after the end-of-turn token, which the model must learn to produce, but before what follows it (a
 newline).
 
-The token ids are those of ``apply_chat_template``, always.
+The token ids are those of ``apply_chat_template``, always. A row of which it would leave something out is a bad row.
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from nemo_eaft.data import glm4_calls
+from nemo_eaft.data.kept import check_kept, has_functions, writes_functions
 from nemo_eaft.data.rows import RowError
 from nemo_eaft.data.tokens import Tokens
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NO_THOUGHTS = re.compile(r"\A(<think>)?\s*</think>\s*")
 _SENTINEL = "\u2603end-of-answer\u2603"
+
+
+class FunctionsError(ValueError):
+    """The chat template writes no functions, so no row in which they play a part can be used."""
 
 
 def check_template(tokenizer: Any) -> None:
@@ -50,16 +56,28 @@ def tokenize_chat(tokenizer: Any, values: dict[str, Any]) -> Tokens:
         values: the row; ``messages`` is a list of ``{"role", "content"}``, the last by the assistant.
 
     Returns:
-        The ids of ``tokenizer.apply_chat_template``, and every assistant turn as an answer. What the template
-        puts before an answer by itself (Qwen3's empty ``<think>`` block) is prompt, reasoning the row gives
-        is answer. A template that ends turns with no end token gets the end-of-sequence token appended, as in
-        NeMo.
+        The ids of ``tokenizer.apply_chat_template``, and every assistant turn as an answer. GLM-4-0414's template is
+        given calls in the form that it takes (:mod:`nemo_eaft.data.glm4_calls`). What the template puts before an
+        answer by itself (Qwen3's empty ``<think>`` block) is prompt, reasoning the row gives is answer. A template that
+        ends turns with no end token gets the end-of-sequence token appended, as in NeMo.
 
     Raises:
-        RowError: the row is malformed, has no answer, or the template refuses it.
+        RowError: the row is malformed, has no answer, or the template refuses it or leaves something out.
+        FunctionsError: that, because the template writes no functions at all.
     """
-    messages = _checked(values.get("messages"))
-    chat = _Conversation(tokenizer, messages, values.get("tools") or None)
+    messages, tools = _checked(values.get("messages")), values.get("tools") or None
+
+    def text_of(messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+        return _Conversation(tokenizer, messages, tools).text
+
+    try:
+        check_kept(text_of, messages, tools)
+    except RowError as error:
+        if has_functions(messages, tools) and not writes_functions(text_of):
+            raise FunctionsError(str(error)) from error
+        raise
+    chat = _Conversation(tokenizer, messages, tools)
+    messages = chat.messages
     encoded = tokenizer(
         chat.text,
         add_special_tokens=False,
@@ -90,7 +108,9 @@ def tokenize_chat(tokenizer: Any, values: dict[str, Any]) -> Tokens:
         elif stop < len(offsets) and input_ids[stop] in ends:
             end = stop + 1
         elif turn == len(messages) - 1:
-            input_ids = [*input_ids[:end], tokenizer.eos_token_id]
+            # After a call GLM-4 hands over to whoever gives the result.
+            last = tokenizer.convert_tokens_to_ids(glm4_calls.END_OF_CALL) if chat.ends_with_call else None
+            input_ids = [*input_ids[:end], tokenizer.eos_token_id if last is None else last]
             end += 1
         answers.append((start, end))
     return Tokens(input_ids, answers)
@@ -118,8 +138,11 @@ class _Conversation:
     """One conversation rendered by a template, and the places of its answers in the text."""
 
     def __init__(self, tokenizer: Any, messages: list[dict[str, Any]], tools: Any) -> None:
-        self.tokenizer, self.messages, self.tools = tokenizer, messages, tools
-        self.text = self._render(messages)
+        metadata = glm4_calls.takes_metadata(tokenizer.chat_template)
+        self.tokenizer, self.tools = tokenizer, tools
+        self.messages = glm4_calls.to_metadata(messages) if metadata else messages
+        self.ends_with_call = metadata and bool(self.messages[-1].get("metadata"))
+        self.text = self._render(self.messages)
 
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         import jinja2

@@ -6,7 +6,8 @@
 ``conversations``   it is a list of ShareGPT's ``{"from", "value"}`` (:mod:`nemo_eaft.data.sharegpt`)
 ``prompt_response`` ``data.prompt_column`` is the question of the user, ``data.response_column`` the answer, and
                     ``data.reasoning_column`` what is thought before it
-``auto``            rows that have ``messages`` as above; rows that have ``input`` and ``output`` stay text
+``auto``            rows that have ``data.messages_column`` as the first; rows that have ``input`` and ``output`` stay
+                    text
 =================== ============================================================================================
 
 A system message comes from the row's turns, else from ``data.system_column``, else from ``data.system``. Columns of
@@ -31,7 +32,7 @@ def kind_of(data: DataSettings, values: dict[str, Any]) -> Kind | None:
     if data.mapping != "auto":
         return "chat"
     # A data set gives every row every column, None where it has no value.
-    if values.get("messages") is not None:
+    if values.get(data.turns_column) is not None:
         return "chat"
     return "pair" if values.get("input") is not None and values.get("output") is not None else None
 

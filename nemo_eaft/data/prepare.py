@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eaft.atomic import replacing
-from nemo_eaft.data.chat import check_template, tokenize_chat
+from nemo_eaft.data.bad_rows import BadRows
+from nemo_eaft.data.chat import FunctionsError, check_template, tokenize_chat
 from nemo_eaft.data.mapping import Kind, kind_of, needed_columns, to_chat
 from nemo_eaft.data.packing import PACKED_NAMES, metadata_path, pack
 from nemo_eaft.data.rows import Row, RowError, Source
@@ -25,11 +26,12 @@ from nemo_eaft.settings import Settings
 from nemo_eaft.settings_data import DataSettings
 
 _log = logging.getLogger(__name__)
-_FORMAT = 3  # raise when what is written changes, so that files of an older version are written anew
-_SHOWN = 10
+_FORMAT = 4  # raise when what is written changes, so that files of an older version are written anew
 _NAMES = {"train": "training.jsonl", "validation": "validation.jsonl"}
 
-_KEYS: dict[Kind, str] = {"chat": "'messages'", "pair": "'input' and 'output'"}
+
+def _keys(data: DataSettings) -> dict[Kind, str]:
+    return {"chat": repr(data.turns_column), "pair": "'input' and 'output'"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def prepare(settings: Settings, tokenizer: Any) -> PreparedData:
             f"data.validation={settings.data.validation} holds {kinds['validation']} rows, but data.train="
             f"{settings.data.train} holds {kind} rows: both must be of one kind"
         )
+    for name in settings.data.without_effect(kind):
+        _log.warning("data.%s has no effect: the rows of data.train have %s", name, _keys(settings.data)[kind])
     if kind == "chat":
         check_template(tokenizer)
     counts: dict[str, Any] = {"longest": 0}
@@ -191,16 +195,14 @@ def _write(
     settings: Settings, tokenizer: Any, source: Source, part: str, kind: Kind, root: Path, files: ExitStack
 ) -> dict[str, int]:
     limit = settings.data.validation_rows if part == "validation" else None
-    counts = {"rows": 0, "answer_tokens": 0, "skipped": 0, "longest": 0}
-    bad: list[str] = []
+    counts = {"rows": 0, "answer_tokens": 0, "longest": 0}
+    bad = BadRows(f"{source.key}={source.name}")
     kept: list[Tokens] = []
     temporary = files.enter_context(replacing(root / _NAMES[part]))
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for row, tokens in _tokenized(settings, tokenizer, source, kind):
             if isinstance(tokens, str):
-                counts["skipped"] += 1
-                if len(bad) < _SHOWN:
-                    bad.append(f"  {row.where}: {tokens}")
+                bad.add(row.where, tokens)
                 continue
             counts["rows"] += 1
             counts["answer_tokens"] += sum(end - start for start, end in tokens.answers)
@@ -210,8 +212,8 @@ def _write(
                 kept.append(tokens)
             if counts["rows"] == limit:
                 break
-    _report(settings, source, counts, bad)
-    counts["samples"] = counts["rows"]
+    bad.report(counts["rows"], settings.data.on_bad_row)
+    counts |= {"samples": counts["rows"], "skipped": bad.count}
     if settings.data.packed:
         size = settings.data.packed_size or settings.trainer.seq_length
         path = root / PACKED_NAMES[part]
@@ -236,7 +238,8 @@ def _tokenized(settings: Settings, tokenizer: Any, source: Source, kind: Kind) -
             continue
         form = kind_of(settings.data, row.values)
         if form not in (kind, None):
-            yield row, f"has {_KEYS[form]}, but the first row has {_KEYS[kind]}: a source is of one form"
+            keys = _keys(settings.data)
+            yield row, f"has {keys[form]}, but the first row has {keys[kind]}: a source is of one form"
             continue
         try:
             if kind == "chat":
@@ -246,6 +249,12 @@ def _tokenized(settings: Settings, tokenizer: Any, source: Source, kind: Kind) -
         except RowError as error:
             yield row, str(error)
             continue
+        except FunctionsError as error:
+            raise ValueError(
+                f"{source.key}={source.name}: {row.where}: {error}. The chat template of "
+                f"{tokenizer.name_or_path} writes no functions, so every row with functions, calls or their results "
+                f"would be left out: take another model, or other rows"
+            ) from error
         if len(tokens.input_ids) > longest:
             yield (
                 row,
@@ -253,22 +262,6 @@ def _tokenized(settings: Settings, tokenizer: Any, source: Source, kind: Kind) -
             )
         else:
             yield row, tokens
-
-
-def _report(settings: Settings, source: Source, counts: dict[str, int], bad: list[str]) -> None:
-    total = counts["rows"] + counts["skipped"]
-    if total == 0:
-        raise ValueError(f"{source.key}={source.name}: there are no rows")
-    if not counts["skipped"]:
-        return
-    more = counts["skipped"] - len(bad)
-    listed = "\n".join([*bad, f"  and {more} more"] if more else bad)
-    said = f"{source.key}={source.name}: {counts['skipped']} of {total} rows cannot be used\n{listed}"
-    if settings.data.on_bad_row == "error":
-        raise ValueError(f"{said}\n(data.on_bad_row=skip leaves such rows out)")
-    if counts["rows"] == 0:
-        raise ValueError(said)
-    _log.warning("%s\n  left out because data.on_bad_row=skip", said)
 
 
 def _kind(data: DataSettings, source: Source) -> Kind:
@@ -283,7 +276,7 @@ def _kind(data: DataSettings, source: Source) -> Kind:
             if (kind := kind_of(data, row.values)) is not None:
                 return kind
             raise ValueError(
-                f"{source.key}={source.name}: {has}; a row needs 'messages', or 'input' and 'output', or data.mapping "
+                f"{source.key}={source.name}: {has}; a row needs {' or '.join(_keys(data).values())}, or data.mapping "
                 f"says which of its columns hold what"
             )
         first_error = first_error or f"{row.where}: {row.error}"

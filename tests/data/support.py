@@ -63,6 +63,20 @@ QWEN3 = (
 # Always thinks.
 QWEN3_THINKING = _QWEN3_TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 
+# Turns begin with the token of their role and end with nothing; the prompt of an answer is that token alone. A call is
+# a turn with metadata, a result comes from `observation`, and `tool_calls` and the role `tool` are passed over.
+GLM4 = (
+    "{{ '[gMASK]<sop>' }}{% if tools %}{{ '<|system|>\n# Tools\n' }}{% for t in tools %}{% set f = t.function or t %}"
+    "{{ '## ' + f.name + '\n' + (f | tojson) + '\n' }}{% endfor %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'system' %}{{ '<|system|>\n' + m.content }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set meta = m.get('metadata', '') %}"
+    "{% if m.role == 'user' %}{{ '<|user|>\n' + m.content }}"
+    "{% elif m.role == 'assistant' %}{{ '<|assistant|>' + meta + '\n' + m.content }}"
+    "{% elif m.role == 'observation' %}{{ '<|observation|>\n' + m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+GLM4_SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+
 # No generation prompt, a space around the answer, and content that is trimmed.
 LLAMA2 = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content | trim + ' [/INST]' }}"
@@ -97,16 +111,17 @@ def make_tokenizer(template: str | None = SMOLLM2, eos: str = "<|im_end|>") -> P
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = GLM4_SPECIAL if template == GLM4 else SPECIAL
     trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token=eos,
+        bos_token=special[1],
+        eos_token="<|endoftext|>" if template == GLM4 else eos,
         pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL,
+        additional_special_tokens=special,
         chat_template=template,
         clean_up_tokenization_spaces=False,
     )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_eaft.data import RowError, Tokens, tokenize_chat
-from nemo_eaft.data.chat import check_template
+from nemo_eaft.data.chat import FunctionsError, check_template
 from tests.data import support
 from tests.data.support import CHATML, chat, make_tokenizer
 
@@ -135,6 +135,67 @@ def test_a_turn_that_ends_where_the_next_role_begins() -> None:
     messages = chat("Two?", "Four.", "Three?", "Six.")
     tokens = tokenize_chat(tokenizer, {"messages": messages})
     assert answers(tokenizer, tokens) == ["\nFour.<s>", "\nSix.<|endoftext|>"]
+
+
+GLM4_CALL = 'area\n{"base": 10}<|observation|>'
+
+
+def test_glm4_writes_a_call_as_metadata_and_its_result_as_observation() -> None:
+    tokenizer = make_tokenizer(support.GLM4)
+    tokens = tokenize_chat(tokenizer, {"messages": CALLING, "tools": [{"name": "area"}]})
+    assert answers(tokenizer, tokens) == [GLM4_CALL, "\nIt is 25.<|endoftext|>"]
+    assert tokenizer.decode(tokens.input_ids) == (
+        '[gMASK]<sop><|system|>\n# Tools\n## area\n{"name": "area"}\n<|user|>\nArea?'
+        '<|assistant|>area\n{"base": 10}<|observation|>\n25<|assistant|>\nIt is 25.<|endoftext|>'
+    )
+
+
+def test_glm4_hands_over_after_its_last_call_and_begins_each_call_anew() -> None:
+    tokenizer = make_tokenizer(support.GLM4)
+    calls = [{"function": {"name": name, "arguments": {"city": "Zürich"}}} for name in ("area", "mayor")]
+    messages = [CALLING[0], {"role": "assistant", "content": "Let me see.", "tool_calls": calls}]
+    tokens = tokenize_chat(tokenizer, {"messages": messages})
+    assert answers(tokenizer, tokens) == [
+        "\nLet me see.<|assistant|>",
+        'area\n{"city": "Zürich"}<|assistant|>',
+        'mayor\n{"city": "Zürich"}<|observation|>',
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, messages, tools, named",
+    [
+        ("LLAMA2", chat("a", "b", system="Be brief."), None, r"message 1 \(system\)"),
+        ("GLM4", [*CALLING[:1], {"role": "critic", "content": "x"}, *CALLING[3:]], None, r"message 2 \(critic\)"),
+        ("QWEN25", [CALLING[0], CALLING[1] | {"content": "Let me see."}], None, r"message 2 \(assistant\)"),
+    ],
+)
+def test_what_the_template_leaves_out_is_a_bad_row(
+    name: str, messages: list[dict[str, Any]], tools: Any, named: str
+) -> None:
+    with pytest.raises(RowError, match=f"^{named}: the chat template leaves it out"):
+        tokenize_chat(make_tokenizer(getattr(support, name)), {"messages": messages, "tools": tools})
+
+
+@pytest.mark.parametrize(
+    "messages, tools, named",
+    [
+        (CALLING, None, r"message 2 \(assistant\): the call of area"),
+        (chat("a", "b"), [{"name": "area"}], "the function area"),
+    ],
+)
+def test_a_template_that_writes_no_functions(messages: list[dict[str, Any]], tools: Any, named: str) -> None:
+    """SmolLM2's would give an empty answer for the call, and not show the function."""
+    with pytest.raises(FunctionsError, match=f"^{named}: the chat template leaves it out"):
+        tokenize_chat(make_tokenizer(support.SMOLLM2), {"messages": messages, "tools": tools})
+
+
+def test_one_call_of_two_left_out_is_the_rows_fault_and_not_the_templates() -> None:
+    template = support.QWEN25.replace("for c in m.tool_calls", "for c in m.tool_calls[:1]")
+    twice = CALLING[1] | {"tool_calls": CALLING[1]["tool_calls"] * 2}
+    with pytest.raises(RowError, match="the call of area: the chat template leaves it out"):
+        tokenize_chat(make_tokenizer(template), {"messages": [CALLING[0], twice, *CALLING[2:]]})
+    assert tokenize_chat(make_tokenizer(template), {"messages": CALLING}).answers
 
 
 def test_template_without_generation_prompt_that_trims() -> None:

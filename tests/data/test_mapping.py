@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +163,47 @@ def test_kinds() -> None:
     [
         ({"prompt_column": "q"}, "data.prompt_column has no effect with data.mapping=auto; it is read with prompt_r"),
         ({"mapping": "messages", "reasoning_column": "r"}, "data.reasoning_column has no effect"),
-        ({"system": "s"}, "data.system has no effect with data.mapping=auto"),
-        ({"mapping": "prompt_response", "messages_column": "m"}, "it is read with messages or conversations"),
+        ({"mapping": "messages", "prompt_column": "q"}, "data.prompt_column has no effect with data.mapping=messages"),
+        ({"mapping": "prompt_response", "messages_column": "m"}, "it is read with auto or messages or conversations"),
         ({"mapping": "messages", "prompt_template": "{input}{output}"}, "data.prompt_template has no effect"),
     ],
 )
 def test_a_setting_without_effect_is_named(values: dict[str, Any], named: str) -> None:
     with pytest.warns(UserWarning, match=named):
         data(**values)
+
+
+@pytest.mark.parametrize("name", ["messages_column", "tools_column", "system_column", "system"])
+def test_without_a_mapping_rows_of_messages_read_the_same_settings(name: str) -> None:
+    row = {"chat": [*MESSAGES], "functions": [AREA], "instruction": "Be brief."}
+    values = {
+        "messages_column": "chat",
+        "tools_column": "functions",
+        "system_column": "instruction",
+        "system": "Be brief.",
+    }
+    chosen = {"messages_column": "chat", name: values[name]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings = data(**chosen)
+    assert kind_of(settings, row) == "chat"
+    found = to_chat(settings, row)
+    assert found == to_chat(data(mapping="messages", **chosen), row)
+    assert (found["tools"] == [WRAPPED]) == (name == "tools_column")
+    assert (found["messages"] == MESSAGES) == (not name.startswith("system"))
+
+
+def test_what_the_rows_themselves_do_not_read_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"input": "a", "output": "b"}])
+    prepare(make_settings(tmp_path, pairs, data={"system": "Be brief."}), make_tokenizer())
+    assert "data.system has no effect: the rows of data.train have 'input' and 'output'" in caplog.text
+    caplog.clear()
+    turns = write_jsonl(tmp_path / "turns.jsonl", [{"chat": user_and_assistant("a", "b")}])
+    given = {"messages_column": "chat", "system": "Be brief.", "prompt_template": "{input}: {output}"}
+    prepare(make_settings(tmp_path, turns, data=given), make_tokenizer())
+    assert [record.getMessage() for record in caplog.records] == [
+        "data.prompt_template has no effect: the rows of data.train have 'chat'"
+    ]
 
 
 def test_wrong_settings() -> None:
@@ -211,6 +245,59 @@ def test_these_are_the_mappings_of_conf() -> None:
         assert set(needed_columns(shipped).values()) <= domain_rows(domain, 1)[0].keys()
 
 
+def put(rows: list[dict[str, Any]], folder: Path, place: str) -> Path:
+    import datasets
+
+    if place == "jsonl":
+        return write_jsonl(folder / "rows.jsonl", rows)
+    path = folder / "rows"
+    if place == "save_to_disk":
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(path))
+    else:
+        path.mkdir()
+        datasets.Dataset.from_list(rows).to_parquet(str(path / "train.parquet"))
+    return path
+
+
+FUNCTION = '{"type": "function", "function": {"name": '
+
+
+def with_parameters(name: str, properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, **more}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize("place", ["jsonl", "save_to_disk", "parquet"])
+def test_functions_that_are_structs_keep_their_own_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A struct column has the keys of all rows, those of other rows as nulls."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    number, text = {"type": "number"}, {"type": "string", "enum": ["a", "b"]}
+    tools = [
+        [with_parameters("area", {"base": number, "height": number}, required=["base"])],
+        [with_parameters("mayor", {"city": text}), with_parameters("now", {})],
+        None,
+    ]
+    rows = [{"messages": user_and_assistant("Which?", "None."), "tools": functions} for functions in tools]
+    tokenizer = make_tokenizer(support.QWEN3)
+    settings = make_settings(tmp_path, put(rows, tmp_path, place), trainer={"seq_length": 512})
+    assert prepare(settings, tokenizer).train_rows == 3
+    shown = []
+    for line in (tmp_path / "run" / "data" / "training.jsonl").read_text().splitlines():
+        lines = tokenizer.decode(json.loads(line)["input_ids"]).splitlines()
+        shown.append([json.loads(line) for line in lines if line.startswith(FUNCTION)] or None)
+    assert shown == tools
+
+
+def test_nulls_in_lists_stay() -> None:
+    function = with_parameters("area", {"unit": {"enum": ["cm", None], "default": None}})
+    [found] = to_chat(data(), {"messages": MESSAGES, "tools": [function]})["tools"]
+    assert found["function"]["parameters"]["properties"] == {"unit": {"enum": ["cm", None]}}
+
+
 @pytest.mark.parametrize("place", ["jsonl", "save_to_disk", "parquet"])
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_every_domain_from_every_place(
@@ -221,14 +308,7 @@ def test_every_domain_from_every_place(
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows, (mapping, expected) = domain_rows(domain, 2), DOMAINS[domain]
-    path = tmp_path / "rows"
-    if place == "jsonl":
-        path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    elif place == "save_to_disk":
-        datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(path))
-    else:
-        path.mkdir()
-        datasets.Dataset.from_list(rows).to_parquet(str(path / "train.parquet"))
+    path = put(rows, tmp_path, place)
     tokenizer = make_tokenizer(support.QWEN3)
     settings = make_settings(tmp_path, path, data=mapping, trainer={"seq_length": 512})
     prepared = prepare(settings, tokenizer)

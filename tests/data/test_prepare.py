@@ -90,6 +90,34 @@ def test_skip_counts_and_reports(tmp_path: Path, tokenizer: Any, caplog: pytest.
     assert "t.jsonl:3" in caplog.text
 
 
+def test_more_than_half_left_out_is_said_with_the_reasons(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty, unread = {"messages": chat("a", "")}, {"messages": [{"role": "user", "content": 5}]}
+    for bad, loud in (([empty] * 3 + [unread], False), ([empty] * 4 + [unread], True)):
+        caplog.clear()
+        path = write_jsonl(tmp_path / "t.jsonl", GOOD + bad)
+        prepare(make_settings(tmp_path, path, data={"on_bad_row": "skip"}), tokenizer)
+        assert ("MORE THAN HALF of data.train=" in caplog.text) == loud
+    said = caplog.records[-1].getMessage().splitlines()
+    assert "t.jsonl IS LEFT OUT: 5 of 9 rows" in said[0]
+    assert said[1:] == [
+        "  4 rows: message N (assistant) is empty",
+        "  1 rows: message N: '...' must be text, got int",
+    ]
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_functions_and_a_template_that_writes_none_stop_the_run_at_the_first(
+    tmp_path: Path, tokenizer: Any, on_bad_row: str
+) -> None:
+    rows = [*GOOD, GOOD[0] | {"tools": [{"name": "area"}]}, {"messages": "not reached"}]
+    settings = make_settings(tmp_path, write_jsonl(tmp_path / "t.jsonl", rows), data={"on_bad_row": on_bad_row})
+    with pytest.raises(ValueError, match=r"t\.jsonl:5: the function area: the chat template leaves it out\. The chat"):
+        prepare(settings, tokenizer)
+    assert written(tmp_path) == []
+
+
 def test_nothing_left_after_skipping_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"messages": chat("Question?")}] * 2
     settings = make_settings(tmp_path, write_jsonl(tmp_path / "t.jsonl", rows), data={"on_bad_row": "skip"})

@@ -32,10 +32,13 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "qwen2.5-7b": ("qwen2", support.QWEN25),
     "qwen2.5-14b": ("qwen2", support.QWEN25),
     "qwen2.5-32b": ("qwen2", support.QWEN25),
-    "glm-4-9b-0414": ("glm4", support.QWEN25),
-    "glm-4-32b-0414": ("glm4", support.QWEN25),
+    "glm-4-9b-0414": ("glm4", support.GLM4),
+    "glm-4-32b-0414": ("glm4", support.GLM4),
     "smollm2-135m": ("llama", support.SMOLLM2),
 }
+
+# Recipe -> the domain that it is trained on in place of its own.
+DOMAINS = {"qwen3-30b-a3b": "agent", "glm-4-32b-0414": "agent"}
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Recipes:
         """The recipe in small."""
         full = compose(name)
         # conf/data/math.yaml is data=math.
-        domain = domain or next(d for d in ("math", "medical", "agent") if compose(name, [f"data={d}"]) == full)
+        domain = domain or DOMAINS.get(name) or next(d for d in ("math", "medical", "agent") if compose(name, [f"data={d}"]) == full)
         rows = self.rows(domain)
         parallel, trainer = full.parallel, full.trainer
         tensor, pipeline, expert = (min(n, 2) for n in (parallel.tensor, parallel.pipeline, parallel.expert))
