@@ -53,7 +53,8 @@ def sums(folder: Path, names: Iterable[str]) -> dict[str, Sum]:
 
 def files(folder: Path) -> list[str]:
     """Paths of all files below ``folder`` but ``SHA256SUMS``, relative and sorted."""
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    # What cannot be looked at now counts: it is waited for, or hashing it says why it cannot be read.
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if _seen(path, where_it_fails=True))
     return sorted(name for name in found if name != SUMS)
 
 
@@ -73,7 +74,7 @@ def write_sums(folder: Path, known: Mapping[str, Sum] | None = None) -> None:
     known = known or {}
     there = sorted({*files(folder), *known})
     deadline = time.monotonic() + _PATIENCE
-    while gone := [name for name in known if not (folder / name).is_file()]:
+    while gone := [name for name in known if not _seen(folder / name)]:
         if time.monotonic() > deadline:
             raise ValueError(
                 f"{folder}: {gone[0]} was hashed by another rank but is not seen here: is the disk shared?"
@@ -131,6 +132,14 @@ def _parse(text: str) -> dict[str, Sum]:
     if not found or len(found) != len(sizes) or not text.endswith("\n"):
         raise ValueError(f"{len(found)} sums of {len(sizes)} files: the file was cut short or changed")
     return found
+
+
+def _seen(path: Path, where_it_fails: bool = False) -> bool:
+    """Whether a file is there. A network file system may fail for a moment (ESTALE, EIO), and tell at the next look."""
+    try:
+        return path.is_file()
+    except OSError:
+        return where_it_fails
 
 
 def _size_fault(path: Path, expected: int) -> str:

@@ -25,6 +25,10 @@ from nemo_eaft.loss.collectives import everywhere, gather_objects, on_rank_zero
 from nemo_eaft.saved import Saved, write
 
 
+class RecordError(RuntimeError):
+    """A checkpoint is whole, but `record`, which is to name it, could not be written."""
+
+
 class ModelCheckpoint(nl.ModelCheckpoint):
     """Give it to `nl.NeMoLogger(ckpt=...)` in place of NeMo's; it takes the same arguments.
 
@@ -36,6 +40,7 @@ class ModelCheckpoint(nl.ModelCheckpoint):
 
     Raises, on every rank, while it saves:
         RuntimeError: the checkpoint could not be written; names it, the cause, and how much space the disk has left.
+        RecordError: the checkpoint is whole, but `record` could not be written; the same of it.
         ValueError: NeMo's EMA callback is there, whose second checkpoint would have no sums.
     """
 
@@ -51,6 +56,8 @@ class ModelCheckpoint(nl.ModelCheckpoint):
             self.set_checkpoint_unfinished_marker(filepath, barrier_after=True)
             on_rank_zero(lambda: _dump_context(trainer, folder))
             super()._save_checkpoint(trainer, filepath)
+        except RecordError:
+            raise
         # CheckpointException is a BaseException, which nobody expects: not even what writes error.json.
         except (Exception, CheckpointException) as error:
             raise RuntimeError(f"checkpoint {folder} could not be written{_space(folder)}: {_cause(error)}") from error
@@ -67,7 +74,13 @@ class ModelCheckpoint(nl.ModelCheckpoint):
             seal(trainer, folder)
             finalize()
             if record is not None:
-                on_rank_zero(lambda: write(record, Saved(folder.name, global_step)))
+                try:
+                    on_rank_zero(lambda: write(record, Saved(folder.name, global_step)))
+                except Exception as error:
+                    raise RecordError(
+                        f"checkpoint {folder} is whole, but {record} could not be written{_space(record)}: "
+                        f"{_cause(error)}"
+                    ) from error
 
         return sealed
 

@@ -91,7 +91,7 @@ class RepeatValidation(Callback):
         self._metrics = metrics
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Before the first step. RuntimeError on every rank where rank 0 cannot read the file."""
+        """Before the first step. An error on every rank where rank 0 cannot read the file."""
         step, interval = trainer.global_step, trainer.val_check_interval
         due = step > 0 and isinstance(interval, int) and trainer.limit_val_batches != 0 and step % interval == 0
         # The same on every rank. Rank 0 reads for all: another one may not see the file.

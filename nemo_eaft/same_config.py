@@ -20,7 +20,8 @@ def check_same(path: Path, settings: dict[str, Any]) -> None:
         settings: of the loss, as they are to be written there.
 
     Raises:
-        ValueError: naming every setting that differs, with both values, and what this version does not know.
+        ValueError: naming every setting that differs, with both values, and what this version does not know. Or the
+            file holds no JSON.
         RuntimeError: rank 0 could not read the file.
     """
     # Rank 0 reads for all: another machine may not see the folder, and an error is everybody's.

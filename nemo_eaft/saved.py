@@ -42,11 +42,17 @@ def read(path: Path) -> Saved | None:
         ValueError: the file holds something else.
     """
     try:
-        return Saved(**json.loads(path.read_text(encoding="utf-8")))
+        saved = Saved(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(saved.checkpoint, str) or type(saved.steps) is not int or saved.steps < 0:
+        raise ValueError(
+            f"{path} cannot be read: checkpoint={saved.checkpoint!r} must be a text and steps={saved.steps!r} a whole "
+            f"number, 0 or more"
+        )
+    return saved
 
 
 def proofs(run_dir: Path, settings: Settings | None) -> list[str]:

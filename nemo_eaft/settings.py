@@ -258,9 +258,9 @@ class RunSettings:
     stall_seconds: int | None = 900
     """When a rank has done nothing for so long, the job ends and the stuck rank and its stack are named. More than
     the longest micro-batch. The backend's own limits for a collective are raised above it. 0 or null: never, and those
-    limits hold (NCCL's are 600 s or 1800 s)."""
+    limits end the job without a name (NCCL's are 600 s or 1800 s, raised to ``run.save_seconds`` and a minute)."""
     save_seconds: int = 3600
-    """The same limit while a checkpoint is saved, where it is longer than ``run.stall_seconds``."""
+    """The same limit while a checkpoint is saved; longer than ``run.stall_seconds``, or it has no effect."""
 
     def __post_init__(self) -> None:
         for key in ("dir", "name", "wandb_project"):
@@ -270,8 +270,11 @@ class RunSettings:
         _at_least("run.max_restarts", self.max_restarts, 0)
         _at_least("run.stall_seconds", self.stall_seconds, 0)
         _at_least("run.save_seconds", self.save_seconds, 1)
-        if not self.stall_seconds and self.save_seconds != type(self).save_seconds:
-            _warn(f"run.save_seconds={self.save_seconds} has no effect with run.stall_seconds={self.stall_seconds}")
+        if self.save_seconds < (self.stall_seconds or 0) and self.save_seconds != type(self).save_seconds:
+            _warn(
+                f"run.save_seconds={self.save_seconds} has no effect below run.stall_seconds={self.stall_seconds}, "
+                f"which holds for a save too"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None)
     from nemo_eaft.restart import store_of_this_attempt
     from nemo_eaft.resume import KeepDataOrder, KeepSchedule, RepeatValidation, SameStart
     from nemo_eaft.stop_callback import StopOnRequest
-    from nemo_eaft.watchdog_callback import EndStalled
+    from nemo_eaft.watchdog_callback import EndStalled, RaiseTimeouts
     from nemo_eaft.writer import end_writer_with_rank
 
     end_writer_with_rank()
@@ -79,7 +79,11 @@ def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None)
     )
     trainer.callbacks.append(RepeatValidation(run_dir / "metrics.jsonl"))
     if settings.run.stall_seconds:
-        trainer.callbacks.append(EndStalled(run_dir, settings.run.stall_seconds, settings.run.save_seconds))
+        # The settings have said where one of them has no effect.
+        save_seconds = max(settings.run.stall_seconds, settings.run.save_seconds)
+        trainer.callbacks.append(EndStalled(run_dir, settings.run.stall_seconds, save_seconds))
+    else:
+        trainer.callbacks.append(RaiseTimeouts(settings.run.save_seconds + 60))
     # After what records the step: it saves.
     trainer.callbacks.append(StopOnRequest(run_dir))
     llm.finetune(

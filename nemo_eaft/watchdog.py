@@ -28,7 +28,7 @@ from nemo_eaft import stall
 from nemo_eaft.launch import leave_error
 
 _NOTICED = "noticed"
-"""File in `stall/`: some rank made no progress for `stall_seconds`, and all are to answer."""
+"""File in `stall/`: some rank made no progress for `stall_seconds`, and all of the job that it names are to answer."""
 
 _DUMP_SIGNAL = signal.SIGUSR2
 """To a rank that does not answer: write the stacks of all threads."""
@@ -62,16 +62,29 @@ class Watchdog:
     run_dir: folder that all ranks see; rank, ranks: this one's number, and how many there are.
     stall_seconds: without progress for so long, the job ends. save_seconds: the same while :data:`SAVE` was noted last,
         where that is longer; None: no other limit.
+    on_gpu: whether collectives run on GPUs, so that who waits for them waits for its GPU.
+    job: the same on all ranks that were started together, and new with each start: a network file system may still show
+        what an earlier one left.
     """
 
     def __init__(
-        self, run_dir: Path, rank: int, ranks: int, stall_seconds: float, save_seconds: float | None = None
+        self,
+        run_dir: Path,
+        rank: int,
+        ranks: int,
+        stall_seconds: float,
+        save_seconds: float | None = None,
+        *,
+        on_gpu: bool = False,
+        job: str = "",
     ) -> None:
         self.run_dir = run_dir
         self.rank = rank
         self.ranks = ranks
         self.stall_seconds = stall_seconds
         self.save_seconds = max(stall_seconds, save_seconds or 0.0)
+        self.on_gpu = on_gpu
+        self.job = job
         self.tick = min(max(stall_seconds / 20, 0.2), 10.0)
         self.grace = grace(stall_seconds)
         self.progress = 0
@@ -137,14 +150,14 @@ class Watchdog:
 
     def _others_noticed(self) -> bool:
         try:
-            (self.run_dir / stall.FOLDER / _NOTICED).stat()
+            named = (self.run_dir / stall.FOLDER / _NOTICED).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return False
         except OSError as error:
             # The next look may succeed (ESTALE, EIO); the time without progress is counted all the same.
             self._say_once(error)
             return False
-        return True
+        return named == self.job
 
     def _say_once(self, error: OSError) -> None:
         if error.errno not in self._said:
@@ -194,21 +207,24 @@ class Watchdog:
             if what == SAVE:
                 doing += " (run.save_seconds is its limit)"
             assert self._main_thread is not None
-            mine = stall.answer(self.rank, doing, self.progress, still, self._main_thread)
+            mine = stall.answer(
+                self.rank, doing, self.progress, still, self._main_thread, on_gpu=self.on_gpu, job=self.job
+            )
             said = f"nemo-eaft: rank {self.rank} made no progress for {still:.0f} s after {doing}"
             print(f"{mine.stack}{said}", file=sys.stderr, flush=True)
             try:
                 stall.write(self.run_dir, mine)
-                (self.run_dir / stall.FOLDER / _NOTICED).touch()
+                # Ranks of one job write the same; who reads between the two steps of it looks again.
+                (self.run_dir / stall.FOLDER / _NOTICED).write_text(self.job, encoding="utf-8")
             except OSError as error:
                 self._say_once(error)
             deadline = time.monotonic() + self.grace
-            while len(stall.read(self.run_dir, self.ranks)) < self.ranks and time.monotonic() < deadline:
+            while len(self._answers()) < self.ranks and time.monotonic() < deadline:
                 if end.wait(self.tick / 2):
                     break
-            answers = {self.rank: mine} | stall.read(self.run_dir, self.ranks)
+            answers = {self.rank: mine} | self._answers()
             self._ask_for_dumps(set(range(self.ranks)) - answers.keys())
-            verdict = stall.judge(answers, self.ranks, self._dumps())
+            verdict = stall.judge(answers, self.ranks, self._dumps(), self.on_gpu)
             if end.is_set():
                 return
             print(f"nemo-eaft: rank {verdict.rank} {verdict.message}", file=sys.stderr, flush=True)
@@ -218,6 +234,9 @@ class Watchdog:
         finally:
             if not end.is_set():
                 os._exit(1)
+
+    def _answers(self) -> dict[int, stall.Answer]:
+        return stall.read(self.run_dir, self.ranks, self.job)
 
     def _dumps(self) -> dict[int, str]:
         found = {}

@@ -5,14 +5,30 @@ trainer.callbacks.append(EndStalled("runs/mine", stall_seconds=900, save_seconds
 
 from __future__ import annotations
 
+import uuid
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.utils import logging
 
-from nemo_eaft.loss.collectives import raise_timeouts
+from nemo_eaft.loss.collectives import on_rank_zero, raise_timeouts
 from nemo_eaft.watchdog import SAVE, Watchdog, clear, grace
+
+_SAVE_SECONDS = 3600.0
+
+
+class RaiseTimeouts(Callback):
+    """Lets no collective be given up before `seconds` have passed, from the first step on: in a save ranks may wait for
+    one that writes longer than the backend's limits are. For runs without `EndStalled`, which does it itself."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All process groups exist now."""
+        _raise_timeouts(self.seconds, "it may end a job in a long save")
 
 
 class EndStalled(Callback):
@@ -29,10 +45,14 @@ class EndStalled(Callback):
         longest save, with what follows it until a validation or the next step; `stall_seconds` where that is longer.
     """
 
-    def __init__(self, run_dir: str | Path, stall_seconds: float = 900, save_seconds: float = 3600) -> None:
+    def __init__(self, run_dir: str | Path, stall_seconds: float = 900, save_seconds: float = _SAVE_SECONDS) -> None:
         for name, value in (("stall_seconds", stall_seconds), ("save_seconds", save_seconds)):
             if not value > 0:
                 raise ValueError(f"{name}={value} must be above 0")
+        if save_seconds < stall_seconds and save_seconds != _SAVE_SECONDS:
+            warnings.warn(
+                f"save_seconds={save_seconds} has no effect below stall_seconds={stall_seconds}", stacklevel=2
+            )
         self.run_dir = Path(run_dir)
         self.stall_seconds = stall_seconds
         self.save_seconds = save_seconds
@@ -53,15 +73,15 @@ class EndStalled(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch."""
-        try:
-            raise_timeouts(self.backend_seconds)
-        except RuntimeError as error:
-            logging.warning(
-                f"EAFT: the backend's limits for collectives could not be raised ({error}); where one is shorter than "
-                f"{self.backend_seconds:.0f} s, it may end a stalled job before the stuck rank is named"
-            )
+        _raise_timeouts(self.backend_seconds, "it may end a stalled job before the stuck rank is named")
         self._watchdog = Watchdog(
-            self.run_dir, trainer.global_rank, trainer.world_size, self.stall_seconds, self.save_seconds
+            self.run_dir,
+            trainer.global_rank,
+            trainer.world_size,
+            self.stall_seconds,
+            self.save_seconds,
+            on_gpu=trainer.strategy.root_device.type != "cpu",
+            job=on_rank_zero(lambda: uuid.uuid4().hex),
         )
         self._step = trainer.global_step + 1
         self._watchdog.note("start", self._step)
@@ -125,3 +145,13 @@ class EndStalled(Callback):
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
+
+
+def _raise_timeouts(seconds: float, otherwise: str) -> None:
+    try:
+        raise_timeouts(seconds)
+    except RuntimeError as error:
+        logging.warning(
+            f"EAFT: the backend's limits for collectives could not be raised ({error}); where one is shorter than "
+            f"{seconds:.0f} s, {otherwise}"
+        )

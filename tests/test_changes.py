@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -141,6 +142,25 @@ def test_rows_that_are_gone_are_not_taken_for_unchanged(
     assert code == 2
     assert "it is not known what it was trained on" in err
     assert run(capsys, "train", ALLOW, conf)[0] == 0
+
+
+def test_rows_of_another_version_are_there_but_not_the_same(
+    home: Path, conf: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They may be written in another order, so nothing is said of it but that."""
+    prepared = home / "run" / "data" / "prepared.json"
+    written = json.loads(prepared.read_text())
+    now = written["identity"]["format"]
+    written["identity"]["format"] = now - 1
+    prepared.write_text(json.dumps(written))
+    code, _, err = run(capsys, "train", conf)
+    assert code == 2
+    assert f"the rows were written by another version of nemo_eaft (form {now - 1}, now {now})" in err
+    assert "not there" not in err
+    code, out, _ = run(capsys, "train", ALLOW, conf)
+    assert code == 0
+    assert "the order of rows is another one and starts after 1 batches" in out
+    assert json.loads(prepared.read_text())["identity"]["format"] == now
 
 
 @pytest.mark.parametrize("first", ["0", "1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -154,6 +155,30 @@ def test_a_listing_that_lags_behind_loses_no_file(folder: Path, monkeypatch: pyt
     assert len(waits) == 3
     assert (folder / SUMS).read_text() == before
     assert faults(folder) == []
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_a_file_that_cannot_be_looked_at_for_a_moment_is_not_seen_yet(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    name = "weights/__0_0.distcp"
+    before = (folder / SUMS).read_text()
+    known = sums(folder, [name])
+    is_file = Path.is_file
+    looks: list[Path] = []
+
+    def look(path: Path) -> bool:
+        if path == folder / name:
+            looks.append(path)
+            if len(looks) <= 3:
+                raise OSError(number, os.strerror(number))
+        return is_file(path)
+
+    monkeypatch.setattr(integrity, "_AGAIN", 0.0)
+    monkeypatch.setattr(Path, "is_file", look)
+    write_sums(folder, known)
+    assert len(looks) > 3
+    assert (folder / SUMS).read_text() == before
 
 
 def test_a_failed_write_leaves_no_sums(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,19 @@ def test_a_run_dir_that_is_a_link_to_nothing(
     assert os.readlink(home / "disk") == str(home / "not-mounted")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"steps": 3}', "not JSON"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"steps": 3}',
+        "not JSON",
+        '{"checkpoint": "step=2", "steps": "3"}',
+        '{"checkpoint": "step=2", "steps": true}',
+        '{"checkpoint": "step=2", "steps": -1}',
+        '{"checkpoint": null, "steps": 3}',
+    ],
+)
 def test_a_note_that_cannot_be_read_is_an_error(
     home: Path, words: list[str], capsys: pytest.CaptureFixture[str], text: str
 ) -> None:

@@ -50,7 +50,13 @@ def validation_repeated(metrics: Path) -> int:
     return len(runs)
 
 
-def slow_peer(limit_of_group: bool) -> str | None:
+def refuse(rank: int, error: Exception) -> int:
+    if dist.get_rank() == rank:
+        raise error
+    return 0
+
+
+def slow_peer(folder: Path, limit_of_group: bool) -> str | None:
     """An all-reduce that rank 0 waits for longer than its group's limit was; the error, or None."""
     c10d: Any = dist.distributed_c10d
     group = dist.new_group()
@@ -58,9 +64,14 @@ def slow_peer(limit_of_group: bool) -> str | None:
     if not limit_of_group:
         raise_timeouts(60)
     dist.barrier()
+    given_up = folder / "given-up"
     if dist.get_rank() == 1:
-        time.sleep(3)
+        deadline = time.monotonic() + (60 if limit_of_group else 3)
+        while not given_up.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
     said = outcome(lambda: dist.all_reduce(torch.ones(1), group=group))
+    if dist.get_rank() == 0 and said is not None:
+        given_up.write_text(said)
     dist.barrier()
     return said
 
@@ -73,6 +84,8 @@ def what_ranks_see(rank: int, folder: str) -> dict[str, Any]:
     return {
         "everywhere": outcome(lambda: everywhere(lambda: fail(9))),
         "fails on 1": outcome(lambda: everywhere(lambda: fail(1))),
+        "refused on 1": outcome(lambda: everywhere(lambda: refuse(1, ValueError("rows: 3 is too few")))),
+        "refused by another": outcome(lambda: on_rank_zero(lambda: refuse(0, UnicodeError("no text")))),
         "zero": outcome(lambda: on_rank_zero(lambda: fail(9) + 7)),
         "zero fails": outcome(lambda: on_rank_zero(lambda: fail(0))),
         "zero is not asked for 1": outcome(lambda: on_rank_zero(lambda: fail(1))),
@@ -81,8 +94,8 @@ def what_ranks_see(rank: int, folder: str) -> dict[str, Any]:
         "validated": outcome(lambda: validation_repeated(mine / "validated.jsonl")),
         "not validated": outcome(lambda: validation_repeated(there)),
         "metrics are a folder": outcome(lambda: validation_repeated(mine)),
-        "limit raised": slow_peer(limit_of_group=False),
-        "limit of the group": slow_peer(limit_of_group=True),
+        "limit raised": slow_peer(root, limit_of_group=False),
+        "limit of the group": slow_peer(root, limit_of_group=True),
     }
 
 
@@ -106,6 +119,13 @@ def test_an_error_of_one_rank_is_every_ranks(seen: list[dict[str, Any]]) -> None
     for rank in seen:
         assert rank["fails on 1"] == "RuntimeError: rank 1: OSError: [Errno 116] Stale file handle"
         assert rank["zero fails"] == "RuntimeError: rank 0: OSError: [Errno 116] Stale file handle"
+
+
+def test_what_is_the_users_to_mend_stays_so(seen: list[dict[str, Any]]) -> None:
+    """Exit code 2, not 1, whichever rank is read."""
+    for rank in seen:
+        assert rank["refused on 1"] == "ValueError: rank 1: rows: 3 is too few"
+        assert rank["refused by another"] == "ValueError: rank 0: UnicodeError: no text"
 
 
 def test_what_rank_0_reads_of_the_settings_counts(seen: list[dict[str, Any]]) -> None:
@@ -134,3 +154,26 @@ def test_one_process_needs_no_other() -> None:
     raise_timeouts(60)
     with pytest.raises(RuntimeError, match="rank 0: ZeroDivisionError"):
         on_rank_zero(lambda: 1 // 0)
+
+
+def limits_over_nccl(rank: int) -> list[float]:
+    """Seconds that the world and a group of its own give a collective, before and after they were raised."""
+    dist.destroy_process_group()
+    limit = datetime.timedelta(seconds=20)
+    dist.init_process_group("nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1, timeout=limit)
+    groups: list[Any] = [dist.group.WORLD, dist.new_group(timeout=datetime.timedelta(seconds=7000))]
+    device = torch.device("cuda")
+
+    def limits() -> list[float]:
+        return [group._get_backend(device).options._timeout.total_seconds() for group in groups]
+
+    before = limits()
+    raise_timeouts(5000)
+    dist.all_reduce(torch.ones(1, device=device))
+    torch.cuda.synchronize()
+    return before + limits()
+
+
+@pytest.mark.gpu
+def test_limits_of_nccl_are_raised() -> None:
+    assert run_ranks(limits_over_nccl, 1, timeout=240) == [[20, 7000, 5000, 7000]]

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,28 @@ def test_of_two_the_one_behind_is_stuck() -> None:
     ahead = dataclasses.replace(AWAY, rank=0, progress=41)
     verdict = judge({0: ahead, 1: AWAY, 2: dataclasses.replace(WAITS, rank=2)}, 3, {})
     assert verdict.rank == 1
-    assert "ranks 0 do not wait for others either" in verdict.message
+    assert verdict.message.startswith("is stuck (ranks 0 do not wait for others either, but got further): no progress")
+
+
+@pytest.mark.parametrize("on_gpu, shared", [(False, "the network"), (True, "a GPU, the network")])
+def test_of_two_that_are_level_neither_is_behind(on_gpu: bool, shared: str) -> None:
+    answers = {rank: dataclasses.replace(AWAY, rank=rank) for rank in (1, 2, 3)}
+    answers |= {0: WAITS, 4: dataclasses.replace(AWAY, rank=4, progress=41)}
+    verdict = judge(answers, 5, {}, on_gpu)
+    assert verdict.rank == 1
+    assert verdict.message == (
+        "and ranks 2, 3 stand still, none behind another (ranks 4 do not wait for others either, but got further): "
+        f"{shared} or a file system may hang, and no rank can be singled out; no progress for 9 s after the forward of "
+        "step 7; rank 1 is in forever, from b.py:2"
+    )
+
+
+def test_a_rank_in_forward_and_one_that_waits_for_it_on_its_gpu() -> None:
+    """Two stages: the first is stuck, the second has done less, for it receives with the host blocked by its GPU."""
+    first = dataclasses.replace(AWAY, rank=0, progress=40)
+    second = dataclasses.replace(WAITS, rank=1, progress=39, where="waits for its GPU in synchronize, from p2p.py:398")
+    assert judge({0: first, 1: second}, 2, {}, on_gpu=True).message.startswith("is stuck: no progress")
+    assert judge({0: first, 1: second}, 2, {}, on_gpu=True).rank == 0
 
 
 def test_who_does_not_answer_is_stuck() -> None:
@@ -55,42 +76,71 @@ def test_who_does_not_answer_is_stuck() -> None:
 
 
 def test_ranks_that_wait_for_each_other() -> None:
-    verdict = judge({0: WAITS, 1: dataclasses.replace(WAITS, rank=1)}, 2, {})
+    answers = {rank: dataclasses.replace(WAITS, rank=rank, progress=40 + rank) for rank in range(3)}
+    verdict = judge(answers, 3, {})
     assert verdict.rank == 0
-    assert "every other rank wait for each other" in verdict.message
+    assert verdict.message == (
+        "and ranks 1, 2 wait for each other, no progress for 9 s: they are in different collectives, or the network is "
+        "gone; no rank can be singled out"
+    )
+    assert judge(answers, 3, {}, on_gpu=True).message == (
+        "and ranks 1, 2 wait for each other or their GPUs, no progress for 9 s: they are in different collectives, or "
+        "a GPU or the network hangs; no rank can be singled out"
+    )
+    assert "there is no other: its GPU hangs" in judge({0: WAITS}, 1, {}, on_gpu=True).message
 
 
 def placed(name: str, body: str) -> Callable[[Any], Any]:
     """A function whose code is said to stand in file `name`."""
     import linecache
 
-    text = f"def there(call):\n{textwrap.indent(body, '    ')}\n"
+    function = "synchronize" if "/torch/cuda/" in name else "there"
+    text = f"def {function}(call):\n{textwrap.indent(body, '    ')}\n"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     scope: dict[str, Any] = {}
     exec(compile(text, name, "exec"), scope)
-    function: Callable[[Any], Any] = scope["there"]
-    return function
+    found: Callable[[Any], Any] = scope[function]
+    return found
+
+
+class Blocking:
+    """It, and each of its methods, blocks the caller until it is released, as a collective or a tensor's copy does."""
+
+    def __init__(self, release: threading.Event) -> None:
+        self._release = release
+
+    def __call__(self, *_: Any) -> tuple[int, int]:
+        self._release.wait()
+        return 0, 0
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[int, int]]:
+        return self.__call__
 
 
 @pytest.mark.parametrize(
-    "file, body, waits",
+    "file, body, waits, waits_on_gpu",
     [
-        ("/x/torch/distributed/distributed_c10d.py", "call()", True),
-        ("/x/megatron/core/pipeline_parallel/p2p_communication.py", "call.wait()", True),
-        ("/x/megatron/core/transformer/mlp.py", "call()", False),
-        ("/home/me/model.py", "call.wait()", False),
+        ("/x/torch/distributed/distributed_c10d.py", "call()", True, True),
+        ("/x/megatron/core/pipeline_parallel/p2p_communication.py", "call.wait()", True, True),
+        ("/x/megatron/core/transformer/mlp.py", "call()", False, False),
+        ("/home/me/model.py", "call.wait()", False, False),
+        ("/x/torch/cuda/__init__.py", "call()", False, True),
+        ("/x/nemo_eaft/metrics.py", "loss, tokens = call.tolist()", False, True),
+        ("/x/megatron/core/optimizer/clip_grads.py", "total_norm = call.item()", False, True),
+        ("/home/me/model.py", "mask = call.cpu()", False, True),
+        ("/home/me/model.py", "mask = call.to('cpu')", False, True),
+        ("/home/me/model.py", "mask = call.to('cuda')", False, False),
+        ("/home/me/model.py", "return bool(call.flag())", False, True),
+        ("/home/me/model.py", "return call.float()", False, False),
     ],
 )
-def test_where_ranks_wait_for_each_other(file: str, body: str, waits: bool) -> None:
+def test_where_ranks_wait_for_each_other(file: str, body: str, waits: bool, waits_on_gpu: bool) -> None:
     release, entered = threading.Event(), threading.Event()
-
-    # Called from C, so that the frame of the file is the innermost one, as it is when a collective blocks.
-    ready: Any = types.SimpleNamespace(wait=release.wait) if "wait" in body else release.wait
     function = placed(file, body)
 
     def run() -> None:
         entered.set()
-        function(ready)
+        function(Blocking(release))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -104,6 +154,7 @@ def test_where_ranks_wait_for_each_other(file: str, body: str, waits: bool) -> N
             back = frame.f_back
             frame = back if back is not None else sys._current_frames()[thread.ident]
         assert stall.is_waiting(frame) == waits
+        assert stall.is_waiting(frame, on_gpu=True) == waits_on_gpu
     finally:
         release.set()
         thread.join()
@@ -113,6 +164,7 @@ def test_answers_are_read_back(tmp_path: Path) -> None:
     stall.write(tmp_path, AWAY)
     (tmp_path / stall.FOLDER / "rank-2.json").write_text("{")
     assert stall.read(tmp_path, 3) == {1: AWAY}
+    assert stall.read(tmp_path, 3, job="another") == {}
     clear(tmp_path)
     assert stall.read(tmp_path, 3) == {}
 
@@ -131,8 +183,13 @@ def test_noting_costs_nothing() -> None:
 def test_limits_that_mean_nothing_are_said() -> None:
     with pytest.raises(ValueError, match=r"run\.save_seconds=0 must be 1 or more"):
         RunSettings(dir="runs/mine", save_seconds=0)
-    with pytest.warns(UserWarning, match=r"run\.save_seconds=10 has no effect with run\.stall_seconds=0"):
+    with pytest.warns(UserWarning, match=r"run\.save_seconds=10 has no effect below run\.stall_seconds=900"):
+        RunSettings(dir="runs/mine", save_seconds=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # It is the backend's limit then; and a default is nobody's wish.
         RunSettings(dir="runs/mine", stall_seconds=0, save_seconds=10)
+        RunSettings(dir="runs/mine", stall_seconds=7200)
 
 
 PROGRAM = """
@@ -141,7 +198,7 @@ from pathlib import Path
 from nemo_eaft.watchdog import SAVE, Watchdog
 
 folder, rank, doing, ranks, together = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
-watchdog = Watchdog(folder, rank, ranks, {stall}, {save})
+watchdog = Watchdog(folder, rank, ranks, {stall}, {save}, job="this one")
 
 def meet(name):
     # All ranks are here: how long the machine takes to start them is no stall of theirs.
@@ -249,6 +306,17 @@ def test_a_rank_that_moves_is_left_alone(tmp_path: Path) -> None:
     (together / "told").touch()
     assert [(code, out) for code, out, _ in ended(processes)] == [(0, "done\n")]
     assert os.listdir(folder) == []
+
+
+def test_what_an_earlier_job_left_is_no_stall(tmp_path: Path) -> None:
+    """A network file system may still show it after it was removed."""
+    together = tmp_path / "together"
+    stall.write(tmp_path, dataclasses.replace(AWAY, job="an earlier one"))
+    (tmp_path / stall.FOLDER / "noticed").write_text("an earlier one")
+    processes = ranks(tmp_path, together, "busy", "busy")
+    time.sleep(1.5)  # seven looks
+    (together / "told").touch()
+    assert [(code, out) for code, out, _ in ended(processes)] == [(0, "done\n")] * 2
 
 
 def test_a_rank_that_holds_the_interpreters_lock_leaves_its_stack(tmp_path: Path) -> None:

@@ -136,8 +136,13 @@ def source_changes(settings: Settings, tokenizer: Any) -> list[str]:
     """
     root = Path(settings.run.dir) / "data"
     written = _written(root)
-    if written is None or written[0]["format"] != _FORMAT:
+    if written is None:
         return [f"{root}: the rows of the run are not there, so it is not known what it was trained on"]
+    if (form := written[0].get("format")) != _FORMAT:
+        return [
+            f"{root}: the rows were written by another version of nemo_eaft (form {form}, now {_FORMAT}); they are "
+            f"written anew, and it is not known whether they are the same"
+        ]
     sources = _sources(settings)
     for source in sources.values():
         source.check()
@@ -152,14 +157,14 @@ def source_changes(settings: Settings, tokenizer: Any) -> list[str]:
 
 
 def order_of(root: Path) -> Any:
-    """What the order of the prepared rows depends on beside ``trainer.seed``, to be compared: how many there are, and
-    of packs all that they were made of. None: nothing is prepared."""
+    """What the order of the prepared rows depends on beside ``trainer.seed``, to be compared: how many there are, the
+    form they were written in, and of packs all that they were made of. None: nothing is prepared."""
     written = _written(root)
     if written is None:
         return None
     identity, prepared = written
     made_of = {key: value for key, value in identity.items() if key != "validation"} if prepared.packed else {}
-    return prepared.packed, prepared.train_samples, made_of
+    return identity.get("format"), prepared.packed, prepared.train_samples, made_of
 
 
 def _describe(source: dict[str, Any] | None) -> str:

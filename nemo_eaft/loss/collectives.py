@@ -86,21 +86,23 @@ def everywhere(action: Callable[[], Any]) -> list[Any]:
 
     Every rank of the job calls it, each with an action of its own. The collectives of one `gather_objects`.
 
-    Raises:
-        RuntimeError: the action raised an Exception on a rank; on every rank, naming the first such and its error, so
-            that no rank waits for one that is gone.
+    Raises, on every rank, naming the first rank whose action raised an Exception, so that no rank waits for one that is
+    gone:
+        ValueError: that was a ValueError.
+        RuntimeError: it was any other.
     """
-    result, error = None, None
+    result: Any = None
+    error: Exception | None = None
     try:
         result = action()
     except Exception as caught:
         error = caught
-    told = gather_objects((result, None if error is None else f"{type(error).__name__}: {error}"))
-    failed = {rank: text for rank, (_, text) in enumerate(told) if text is not None}
-    if failed:
-        rank, text = next(iter(failed.items()))
-        raise RuntimeError(f"rank {rank}: {text}") from error
-    return [result for result, _ in told]
+    text = None if error is None else f"{error}" if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    told = gather_objects((result, text, isinstance(error, ValueError)))
+    for rank, (_, text, of_value) in enumerate(told):
+        if text is not None:
+            raise (ValueError if of_value else RuntimeError)(f"rank {rank}: {text}") from error
+    return [result for result, *_ in told]
 
 
 def on_rank_zero(action: Callable[[], Any]) -> Any:
