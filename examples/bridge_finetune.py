@@ -7,7 +7,8 @@
     python -c "from megatron.bridge import AutoBridge; AutoBridge.import_ckpt('Qwen/Qwen3-8B', 'imported/')"
 
 `--data` is a folder with `training.jsonl` and `validation.jsonl` of `{"input": ..., "output": ...}` rows, as Bridge's
-fine-tuning datasets read them. Another model: import another recipe of megatron.bridge.recipes.
+fine-tuning datasets read them. Another model: import another recipe of megatron.bridge.recipes. For Bridge 0.3 to 0.6
+(0.3.1 was run, the others were read); 0.2 has no such recipe.
 """
 
 import argparse
@@ -45,8 +46,10 @@ def configuration() -> ConfigContainer:
     cfg.train.train_iters = arguments.steps
     cfg.train.micro_batch_size = arguments.micro_batch_size
     cfg.train.global_batch_size = arguments.global_batch_size
-    cfg.train.eval_interval = cfg.checkpoint.save_interval = arguments.steps
-    cfg.train.eval_iters = 1
+    cfg.checkpoint.save_interval = arguments.steps
+    # Bridge 0.4 moved them, and takes the old ones as deprecated.
+    validation = getattr(cfg, "validation", cfg.train)
+    validation.eval_interval, validation.eval_iters = arguments.steps, 1
     cfg.checkpoint.pretrained_checkpoint = arguments.checkpoint
     cfg.checkpoint.save = cfg.checkpoint.load = f"{arguments.output}/checkpoints"
     cfg.logger.tensorboard_dir = f"{arguments.output}/tb_logs"

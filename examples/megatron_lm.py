@@ -1,9 +1,14 @@
 """Supervised fine-tuning with plain Megatron-LM (core_r0.15): its pretrain_gpt.py with the EAFT loss.
 
     export PYTHONPATH=/opt/megatron-lm      # where pretrain_gpt.py lies
-    torchrun --nproc-per-node 8 examples/megatron_lm.py --calculate-per-token-loss --vocab-size 151936 --sft ...
+    torchrun --nproc-per-node 8 examples/megatron_lm.py --calculate-per-token-loss \\
+        --vocab-size 151936 --padded-vocab-size 151936 ...
 
 with Megatron-LM's own arguments for model, data, parallelism and checkpoints. EAFT is the line marked below.
+The two sizes are those of Qwen3-8B, `vocab_size` in its config.json: without --padded-vocab-size Megatron-LM makes the
+model as large as the tokenizer, which has fewer words, and a checkpoint does not fit. `--sft` asks for
+`--tokenizer-type SFTTokenizer`, whose chat templates and padding are those of the Nemotron tokenizers alone
+(core_r0.15, megatron/training/tokenizer/sft_tokenizer.py).
 Its means are reported beside `lm loss`, the EAFT loss; validation reports plain cross-entropy. With `--sft` Megatron-LM
 logs a mean of the micro-batches' means; what it trains on is divided by the tokens of the global batch.
 """

@@ -72,12 +72,18 @@ def executor(arguments: argparse.Namespace) -> run.SlurmExecutor:
         container_env=["HF_HOME", "NEMO_EAFT_HOME", "NEMO_HOME"],
         # The image holds the package: a copy of the working folder would be imported instead.
         packager=run.Packager(),
+        # A folder that is not there cannot be mounted.
+        setup_lines=f"mkdir -p {quote(arguments.run)} {hf_home}",
     )
 
 
 def importing(arguments: argparse.Namespace) -> run.SlurmExecutor:
     one = executor(arguments)
     one.gpus_per_node = 1
+    # As import.sbatch: a model of 32B parameters, twice.
+    one.mem, one.cpus_per_task = "256G", 8
+    # Since SLURM 22.05 srun does not take over what the job asked for.
+    one.env_vars["SRUN_CPUS_PER_TASK"] = "8"
     return one
 
 
@@ -94,7 +100,7 @@ def training(arguments: argparse.Namespace) -> run.SlurmExecutor:
     several.env_vars |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     environment, stop = (EXAMPLES / name for name in ("environment.sh", "slurm/stop.sh"))
     # NeMo-Run has `srun` in the foreground, where the shell hears of the warning only when it is over.
-    several.setup_lines = f"""
+    several.setup_lines += f"""
 RUN={quote(arguments.run)}
 {environment.read_text()}
 {stop.read_text()}

@@ -187,7 +187,9 @@ def _check_config(config: Any, measure_only: bool) -> None:
         raise ValueError(
             "cfg.model.overlap_moe_expert_parallel_comm: True; allowed: False, as it bypasses the model's forward"
         )
-    scopes = [getattr(scope, "name", scope) for scope in getattr(config, "cuda_graph_scope", None) or []]
+    scope = getattr(config, "cuda_graph_scope", None) or []
+    # One name up to Megatron-Core 0.15, a list of names or of enum members since.
+    scopes = [getattr(part, "name", part) for part in (scope.split(",") if isinstance(scope, str) else scope)]
     if getattr(config, "cuda_graph_impl", "none") == "local" and "full_iteration" in scopes:
         raise ValueError(
             "cfg.model.cuda_graph_scope: full_iteration; allowed: any other, as it bypasses the model's forward"

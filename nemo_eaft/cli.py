@@ -168,7 +168,7 @@ def _import(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from nemo_eaft import stop
     from nemo_eaft.compose import compose
-    from nemo_eaft.launch import check_world, launched, run_local, tell_torchrun, write_error
+    from nemo_eaft.launch import check_world, forget_errors, launched, run_local, tell_torchrun, write_error
     from nemo_eaft.ready import check_run_dir, make_ready, wait_ready
 
     settings = compose(arguments.conf, arguments.overrides)
@@ -183,7 +183,7 @@ def _train(arguments: argparse.Namespace) -> int:
         if code == 0:
             _say_where(Path(settings.run.dir))
         return code
-    from nemo_eaft.restart import check_store
+    from nemo_eaft.restart import check_store, name_this_start
 
     rank, ranks = place
     stop.listen()
@@ -198,7 +198,9 @@ def _train(arguments: argparse.Namespace) -> int:
         tell_torchrun(error)
         raise
     try:
+        name_this_start()
         if rank == 0:
+            forget_errors(Path(settings.run.dir))
             stop.clear(Path(settings.run.dir))
         # Rank 0 decides where the run goes on: another rank might look a moment later, or at an older state.
         ready = make_ready(settings, allow) if rank == 0 else wait_ready(settings)

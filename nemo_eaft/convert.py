@@ -281,13 +281,22 @@ def run_in_own_process(arguments: list[str], backend: str | None = None) -> None
         trained where there are some.
 
     Raises:
-        ValueError: the user's input was wrong (exit code 2); the message is the child's.
+        ValueError: the user's input was wrong (exit code 2); the message is the child's. Or there is no GPU, and what
+            is installed needs one, as in an image of NGC.
         RuntimeError: it failed otherwise.
     """
     if backend is None:
         import torch
 
         backend = "cuda" if torch.cuda.is_available() else "cpu"
+    if backend == "cpu":
+        import nemo_eaft.cpu
+
+        if reason := nemo_eaft.cpu.unusable():
+            raise ValueError(
+                f"a conversion needs a GPU in this environment, or one without Transformer Engine and with NeMo "
+                f"{nemo_eaft.cpu.NEMO_VERSION}: {reason}"
+            )
     command = [sys.executable, "-m", "nemo_eaft.convert", "--backend", backend, *arguments]
     done = subprocess.run(command, env=environment_outside_a_job(), stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 2:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 ERROR = "error.json"
 LAUNCHER = "NEMO_EAFT_LAUNCHER"
 """Environment variable: :data:`PROCESS` of the launcher that has made a run ready and then started this rank."""
+START = "NEMO_EAFT_START"
+"""Environment variable: what the ranks of one start have agreed on (:func:`nemo_eaft.restart.name_this_start`)."""
 PROCESS = uuid.uuid4().hex
 """This process, and no other."""
 _PROMPT = 5.0
@@ -53,17 +55,19 @@ def job_identity(environment: Mapping[str, str] = os.environ) -> str:
     """What all ranks of a job have in common and those of another job, or of the same one requeued, have not.
 
     Ranks that ``torchrun`` starts again are another job. On one machine it counts them; several machines count each
-    for itself, so there it is the port of the store, new with each start (:mod:`nemo_eaft.restart`).
+    for itself, so there it is the port of the store, new with each start, or where a port is given (torchrun's static
+    rendezvous, its default) a name that the ranks find in that store (:mod:`nemo_eaft.restart`).
     Empty where nothing tells jobs apart, which is so with a launcher other than ``torchrun`` and SLURM.
     """
     parts = {name: environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")}
     run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
     one_machine = environment.get("LOCAL_WORLD_SIZE", "") == environment.get("WORLD_SIZE", "?")
     if several_machines(environment) and "TORCHELASTIC_RUN_ID" in environment:
-        parts |= {name: environment.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")}
+        parts |= {name: environment.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", START)}
     if run_id != "none":  # torchrun's default, the same for every job
         parts["TORCHELASTIC_RUN_ID"] = run_id
-    elif (file := environment.get("TORCHELASTIC_ERROR_FILE")) and one_machine:
+    # Also with a run id: the next start may have the same.
+    if one_machine and (file := environment.get("TORCHELASTIC_ERROR_FILE")):
         # <new folder of this torchrun>/attempt_<n>/<local rank>/error.json
         parts["TORCHELASTIC_ERROR_FILE"] = str(Path(file).parent.parent.parent)
     if one_machine and environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
@@ -277,6 +281,21 @@ def leave_error(run_dir: Path, rank: int, *, kind: str, message: str, text: str)
             os.link(temporary, run_dir / ERROR)  # fails if it exists: whole, and by one rank only
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def error_of_this_job(run_dir: Path) -> dict[str, Any] | None:
+    """What the first rank of this job to fail has left in ``error.json``, as :func:`leave_error` writes it.
+
+    None where none has, or where nothing tells this job from an older one.
+    """
+    error = _read(run_dir / ERROR)
+    return error if error is not None and job_identity() and error.get("job") == _attempt() else None
+
+
+def forget_errors(run_dir: Path) -> None:
+    """Remove ``error.json`` where nothing tells jobs apart, or an older job's would stay for ever. Rank 0 calls it."""
+    if not job_identity():
+        (run_dir / ERROR).unlink(missing_ok=True)
 
 
 def _remove_stale(path: Path, job: str, aside: Path) -> None:

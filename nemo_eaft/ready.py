@@ -23,7 +23,7 @@ from nemo_eaft.data import prepare
 from nemo_eaft.data.prepare import PreparedData, is_prepared, order_of, source_changes
 from nemo_eaft.hf_model import check_model, home, imported_folder
 from nemo_eaft.integrity import SUMS, faults
-from nemo_eaft.launch import LAUNCHER, PROCESS, job_identity
+from nemo_eaft.launch import LAUNCHER, PROCESS, error_of_this_job, job_identity
 from nemo_eaft.machine import check_machine
 from nemo_eaft.recorder import drop_after
 from nemo_eaft.saved import METRICS, proofs, warn_if_lost
@@ -224,7 +224,9 @@ def wait_ready(settings: Settings) -> Ready:
     Every minute a line says what is waited for.
 
     Raises:
-        ValueError: this machine lacks the backend, or ``NEMO_EAFT_WAIT_SECONDS`` is no number.
+        ValueError: this machine lacks the backend, or ``NEMO_EAFT_WAIT_SECONDS`` is no number; or another rank of this
+            job refused the user's input.
+        RuntimeError: another rank of this job failed otherwise.
         TimeoutError: it took longer than ``NEMO_EAFT_WAIT_SECONDS``; what was missing is named.
     """
     check_machine(settings)
@@ -235,6 +237,10 @@ def wait_ready(settings: Settings) -> Ready:
         missing = missing_of(settings, ready)
         if ready is not None and not missing:
             return ready
+        if (error := error_of_this_job(Path(settings.run.dir))) is not None:
+            # On another machine torchrun ends this rank late, or not at all.
+            kind = ValueError if error["kind"] == "input" else RuntimeError
+            raise kind(f"rank {error['rank']} failed: {error['message']}")
         now = time.monotonic()
         if now - started > patience:
             raise TimeoutError(f"waited {patience:.0f} s for {missing}; {PATIENCE} is how long to wait, in seconds")

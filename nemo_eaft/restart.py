@@ -1,34 +1,62 @@
-"""Ranks that ``torchrun --max-restarts`` starts again must not meet the addresses of their dead predecessors."""
+"""Ranks that ``torchrun`` starts again must not meet the addresses, nor believe the notes, of those before them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, MutableMapping
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from nemo_eaft.launch import several_machines
+from nemo_eaft.launch import START, several_machines
 
 OWN_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Environment variable of ``torchrun``, 2.4 and later: 1 gives each start of the ranks a store of its own."""
 
 
 def check_store(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse restarts on several machines with one store for all of them.
+    """Refuse restarts on several machines with one store for all of them: torchrun's c10d rendezvous has one unless
+    :data:`OWN_STORES` is set, its static rendezvous (the default) always.
 
     Its address is that of the first start, which a machine that came later never learns; and ranks that are started
     again find the addresses of those before them, as :func:`store_of_this_attempt` says.
 
     Raises:
-        ValueError: naming the variable that makes it work.
+        ValueError: naming what makes it work.
     """
     restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts == "0" or not several_machines(environment) or not _uses_agent_store(environment):
         return
+    without = "without it ranks that are started again wait for those before them"
+    if environment.get(OWN_STORES) == "1":
+        # elastic/rendezvous/static_tcp_rendezvous.py, torch 2.13: use_agent_store is True whatever is set.
+        raise ValueError(
+            f"torchrun --max-restarts={restarts} on several machines needs --rdzv-backend=c10d, with --rdzv-id and "
+            f"--rdzv-endpoint as in examples/torchrun.sh; this is static rendezvous, torchrun's default: {without}"
+        )
     raise ValueError(
-        f"torchrun --max-restarts={restarts} on several machines needs {OWN_STORES}=1 in the environment of each "
-        f"torchrun (examples/torchrun.sh sets it): without it ranks that are started again wait for those before them"
+        f"torchrun --max-restarts={restarts} on several machines needs --rdzv-backend=c10d and {OWN_STORES}=1 in the "
+        f"environment of each torchrun (examples/torchrun.sh has both): {without}"
     )
+
+
+def name_this_start(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Give this start of the ranks a name that the next one will not have, in the environment variable START.
+
+    Where torchrun on several machines is told a port, as its static rendezvous is, nothing else in the environment of
+    the ranks differs between two starts of it. The first rank to ask leaves the name in the store that all of them are
+    going to meet in, which begins and ends with torchrun on the first machine. Every rank of a job calls it, before it
+    reads or writes what :func:`nemo_eaft.launch.job_identity` marks. A start that has a store of its own has its port.
+
+    Raises:
+        torch.distributed.DistNetworkError: the store cannot be reached.
+    """
+    environment.pop(START, None)
+    if not several_machines(environment) or not _uses_agent_store(environment):
+        return
+    store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False)
+    # Sets it where it is not set, in one step; then what is there.
+    environment[START] = store.compare_set("nemo_eaft/start", "", uuid.uuid4().hex).decode()
 
 
 def store_of_this_attempt(environment: Mapping[str, str] = os.environ) -> Store | None:

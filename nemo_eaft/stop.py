@@ -80,7 +80,9 @@ def request(run_dir: Path, reason: str) -> None:
 def clear(run_dir: Path) -> None:
     """Remove the note of an earlier stop, and with a line a request from before this job.
 
-    Called once by what starts a job, before its ranks. A request made while `torchrun` restarts ranks is kept.
+    Called by the launcher of one machine before it starts the ranks, otherwise by rank 0 before it makes the run ready.
+    Whoever set :data:`CLEARED` (that launcher, a batch script) has removed an older request: one that is there by now
+    was made while the ranks started, and is kept. So is one made while `torchrun` restarts ranks.
     """
     (run_dir / STOPPED).unlink(missing_ok=True)
     if os.environ.get(CLEARED) == "1" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":

@@ -6,6 +6,7 @@ NeMo's data module, optimizer, strategy, logger, checkpoints and resume, and the
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -232,14 +233,28 @@ def build_strategy(settings: Settings) -> Any:
         gradient_as_bucket_view=True,
         # A save that goes on in the background could be cut short by the end of the job.
         ckpt_async_save=False,
-        # Otherwise the distributed optimizer's state can be loaded under the same TP and PP only.
-        ckpt_optim_fully_reshardable=True,
+        replace_progress_bar=False,
+        **_reshardable(nl.MegatronStrategy),
+    )
+
+
+def _reshardable(strategy: type) -> dict[str, bool]:
+    """Arguments of NeMo's strategy with which another TP or PP can load the distributed optimizer's state.
+
+    NeMo 2.5 has none of them, and would take them for arguments of torch's DDP: with Megatron-Core 0.14 every state can
+    be loaded so (optimizer/distrib_optimizer.py, sharded_param_state_fs_model_space; megatron_strategy.py, 2.5.0,
+    sharded_state_dict_metadata).
+    """
+    wanted = {
+        # Otherwise the same TP and PP only.
+        "ckpt_optim_fully_reshardable": True,
         # A save gathers that state, 12 bytes for each parameter of a rank's part of the model (megatron-core 0.15.3,
         # optimizer/distrib_optimizer.py, get_parameter_state_dp_zero): so over gloo into the host's memory of the first
         # of the data-parallel ranks; otherwise over NCCL, through GPU memory into the host's memory of every rank.
-        distrib_optim_fully_reshardable_mem_efficient=True,
-        replace_progress_bar=False,
-    )
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }
+    there = inspect.signature(strategy).parameters
+    return wanted if wanted.keys() <= there.keys() else {}
 
 
 def precision_plugins(settings: Settings) -> list[Any] | None:

@@ -17,7 +17,7 @@ CALL = ("qwen3-0.6b", "data.train=/data/a b.jsonl", "parallel.tensor=8", "parall
 RECORDER = """#!{python}
 import json, os, subprocess, sys
 keys = ("CUDA_DEVICE_MAX_CONNECTIONS", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")
-keys += ("NEMO_HOME", "NEMO_EAFT_HOME", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+keys += ("NEMO_HOME", "NEMO_EAFT_HOME", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "SRUN_CPUS_PER_TASK")
 with open(os.environ["RECORD"], "a") as out:
     env = {{key: os.environ.get(key) for key in keys}}
     out.write(json.dumps({{"program": "{name}", "words": sys.argv[1:], "env": env}}) + "\\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -335,3 +337,28 @@ def test_import_uses_the_backend_of_this_machine(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         convert.run_in_own_process(["to-nemo"])
     assert [command[3:5] for command in commands] == [["--backend", "cpu"], ["--backend", "cuda"]]
+
+
+@pytest.mark.parametrize(
+    "module, version, reason",
+    [
+        ("transformer_engine", "2.7.3", "Transformer Engine is installed"),
+        ("apex", "2.7.3", "Apex is installed"),
+        (None, "2.6.0", r"nemo_toolkit is 2\.6\.0, not 2\.7"),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_a_conversion_without_a_gpu_in_an_image_that_needs_one_is_not_started(
+    monkeypatch: pytest.MonkeyPatch, module: str | None, version: str, reason: str, backend: str | None
+) -> None:
+    from nemo_eaft import convert
+
+    find, say = importlib.util.find_spec, importlib.metadata.version
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("json" if name == module else name))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if "nemo" in name else say(name))
+    started: list[object] = []
+    monkeypatch.setattr(subprocess, "run", lambda *words, **_: started.append(words))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"needs a GPU in this environment, .*: {reason}"):
+        convert.run_in_own_process(["to-nemo"], backend)
+    assert started == []

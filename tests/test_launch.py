@@ -157,6 +157,8 @@ def test_jobs_are_told_apart_and_ranks_are_not() -> None:
     ]
     identities = [job_identity(environment) for environment in logs]
     assert identities[0] == identities[1] != identities[2] == identities[3]
+    # And with the same run id for two jobs.
+    assert job_identity(logs[0] | {"TORCHELASTIC_RUN_ID": "x"}) != job_identity(logs[2] | {"TORCHELASTIC_RUN_ID": "x"})
     assert job_identity(logs[0] | {"WORLD_SIZE": "4"}) == job_identity({}) == ""
 
 

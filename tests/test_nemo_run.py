@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scripts(folder: Path) -> dict[str, Path]:
     """The batch scripts of a dry run, by job."""
-    given = {"account": "acc", "partition": "part", "image": "/images/a b.sqsh", "data": "/my data", "hf-home": "/hub"}
+    given = {"account": "acc", "partition": "part", "image": "/images/a b.sqsh", "data": "/my data"}
+    given["hf-home"] = str(folder / "hub")
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
     words += ["--run", str(folder / "my run"), "--retries", "2", "--warn", "300", "--dryrun", *CALL]
     env = {"NEMORUN_HOME": str(folder), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
@@ -47,7 +49,8 @@ def options(script: Path) -> set[str]:
 def test_what_is_asked_of_slurm(scripts: dict[str, Path]) -> None:
     wanted = {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive", "--mem=0", "--open-mode=append"}
     assert wanted | {"--signal=B:USR1@300", "--account=acc", "--partition=part"} <= options(scripts["train"])
-    assert {"--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1"} <= options(scripts["import"])
+    wanted = {"--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--mem=256G", "--cpus-per-task=8"}
+    assert wanted <= options(scripts["import"])
     # NeMo-Run submits with it.
     assert "Run with: sbatch --requeue" in scripts["train"].read_text()
 
@@ -58,10 +61,13 @@ def test_one_torchrun_a_node_with_the_words_of_the_import(
     tmp_path: Path,
     folder: Path,
 ) -> None:
-    (folder / "my run").mkdir(exist_ok=True)
     for job in ("import", "train"):
+        for mounted in ("my run", "hub"):
+            shutil.rmtree(folder / mounted, ignore_errors=True)
         done = run("bash", scripts[job], cwd=tmp_path, env=cluster)
         assert done.returncode == 0, done.stderr
+        assert (folder / "my run").is_dir(), "nothing to mount"
+        assert (folder / "hub").is_dir(), "nothing to mount"
     started = records(cluster)
     # scontrol and srun of each script ask for the head node.
     assert [record["program"] for record in started] == ["scontrol", "srun", "srun"] * 2
@@ -69,11 +75,14 @@ def test_one_torchrun_a_node_with_the_words_of_the_import(
     for step in (importing, training):
         words = dict(pairwise(step["words"]))
         assert words["--container-image"] == "/images/a b.sqsh"
-        assert words["--container-mounts"].startswith(f"/my data:/data,{folder / 'my run'}:/results,/hub:/hub,")
+        assert words["--container-mounts"].startswith(
+            f"/my data:/data,{folder / 'my run'}:/results,{folder}/hub:{folder}/hub,"
+        )
         assert step["words"].count("--container-mounts") == 1
         assert "--no-container-mount-home" in step["words"]
-        assert step["env"]["HF_HOME"] == "/hub"
+        assert step["env"]["HF_HOME"] == str(folder / "hub")
         assert step["env"]["NEMO_HOME"] == "/results/home/nemo"
+    assert importing["env"]["SRUN_CPUS_PER_TASK"] == "8"
     words = training["words"]
     torchrun = words[words.index("torchrun") :]
     given = dict(pairwise(torchrun))

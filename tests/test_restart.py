@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,14 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
-from nemo_eaft.restart import OWN_STORES, check_store, store_of_this_attempt
+from nemo_eaft import cli, launch, ready, train
+from nemo_eaft.compose import compose
+from nemo_eaft.restart import OWN_STORES, check_store, name_this_start, store_of_this_attempt
+from tests.commands import home
+
+__all__ = ["home"]  # a fixture
 
 ROOT = Path(__file__).parent.parent
 ALONE = {
@@ -41,8 +48,112 @@ SEVERAL = ALONE | {"WORLD_SIZE": "4", "TORCHELASTIC_MAX_RESTARTS": "2"}
 
 def test_restarts_on_several_machines_need_a_store_each() -> None:
     """What happens otherwise: test_machines.py."""
-    with pytest.raises(ValueError, match=rf"--max-restarts=2 on several machines needs {OWN_STORES}=1"):
+    needs = f"--max-restarts=2 on several machines needs --rdzv-backend=c10d and {OWN_STORES}=1"
+    with pytest.raises(ValueError, match=needs):
         check_store(SEVERAL)
+
+
+def test_static_rendezvous_has_one_store_whatever_is_set() -> None:
+    with pytest.raises(ValueError, match=r"needs --rdzv-backend=c10d, .*; this is static rendezvous"):
+        check_store(SEVERAL | {OWN_STORES: "1"})
+
+
+def test_two_starts_at_one_port_are_two_jobs() -> None:
+    """As static rendezvous has them: the same id, address and port, and a new store in the first machine's torchrun."""
+    environment = SEVERAL | {"TORCHELASTIC_RUN_ID": "none", "RANK": "0"}
+    names, port = [], 0
+    for _ in range(2):
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        port = store.port
+        ranks = [environment | {"MASTER_PORT": str(port), "RANK": rank, launch.START: "older"} for rank in "01"]
+        for rank in ranks:
+            name_this_start(rank)
+        first, second = map(launch.job_identity, ranks)
+        assert first == second
+        names.append(first)
+        del store
+    assert names[0] != names[1]
+
+
+def test_a_start_with_a_store_of_its_own_asks_for_no_name() -> None:
+    """Nothing listens at that port."""
+    for environment in (ALONE, SEVERAL | {"TORCHELASTIC_USE_AGENT_STORE": "False"}, {}):
+        left = environment | {launch.START: "older"}
+        name_this_start(left)
+        assert left == environment
+
+
+def test_the_notes_of_an_older_start_are_not_believed(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two starts of the same torchrun on two machines; in the second, the other machine is there before rank 0."""
+    conf, size = str(home / "own.yaml"), ["trainer.num_nodes=2", "trainer.gpus_per_node=1"]
+    monkeypatch.setattr(train, "run_training", lambda *_: None)
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    monkeypatch.setenv(ready.PATIENCE, "0")
+    run_dir, port = home / "run", 0
+
+    def rank(number: int) -> int:
+        monkeypatch.setenv("RANK", str(number))
+        return cli.run_rank([conf, *size])
+
+    monkeypatch.setenv(launch.START, "")  # so that it is gone at the end
+    for name, value in shared.items():
+        monkeypatch.setenv(name, value)
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    port = store.port
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    assert [rank(0), rank(1)] == [0, 0]
+    launch.leave_error(run_dir, 0, kind="failure", message="of the first start", text="")
+    assert "of the first start" in str(launch.error_of_this_job(run_dir))
+    del store
+
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    with pytest.raises(TimeoutError, match="waited 0 s for rank 0 to make"):
+        rank(1)
+    error = json.loads((run_dir / launch.ERROR).read_text())
+    assert (error["rank"], error["message"][:12]) == (1, "TimeoutError")
+    del store
+
+
+@pytest.mark.parametrize("kind, raised", [("input", ValueError), ("failure", RuntimeError)])
+def test_a_rank_that_waits_hears_of_rank_0s_failure(
+    home: Path, monkeypatch: pytest.MonkeyPatch, kind: str, raised: type[Exception]
+) -> None:
+    """On another machine nobody ends it."""
+    settings = compose(str(home / "own.yaml"))
+    run_dir = home / "run"
+    run_dir.mkdir()
+    waits: list[float] = []
+
+    def rank_0_fails(seconds: float) -> None:
+        waits.append(seconds)
+        assert len(waits) == 1
+        launch.leave_error(run_dir, 0, kind=kind, message="no space left", text="")
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    launch.leave_error(run_dir, 0, kind=kind, message="of an older job", text="")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setattr("nemo_eaft.ready.time.sleep", rank_0_fails)
+    with pytest.raises(raised, match=r"^rank 0 failed: no space left$"):
+        ready.wait_ready(settings)
+    assert len(waits) == 1
+
+
+def test_where_nothing_tells_jobs_apart_an_error_is_not_believed_and_removed(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of a launcher other than torchrun and SLURM."""
+    monkeypatch.setattr(train, "run_training", lambda *_: None)
+    run_dir = home / "run"
+    run_dir.mkdir()
+    launch.leave_error(run_dir, 1, kind="failure", message="of an older job", text="")
+    assert launch.error_of_this_job(run_dir) is None
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert cli.run_rank([str(home / "own.yaml")]) == 0
+    assert not (run_dir / launch.ERROR).exists()
 
 
 @pytest.mark.parametrize(

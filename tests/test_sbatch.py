@@ -145,10 +145,46 @@ def test_an_import_on_its_own_reads_the_settings_of_the_training(cluster: dict[s
     compose(conf, alone["words"][alone["words"].index(conf) + 1 :])
 
 
-SWEEP = "sft loss=sft\neaft\n\nstrong loss.alpha=2 loss.top_k=40\n../away loss=sft\n"
+def test_folders_may_be_relative(cluster: dict[str, str], tmp_path: Path) -> None:
+    """To where sbatch was called; pyxis takes absolute ones alone."""
+    for script in (IMPORT, SBATCH):
+        relative = cluster | {"DATA": "my data", "RUN": "runs/../runs/one", "HF_HOME": "hub", "NEMO_EAFT_HOME": "home"}
+        done = run("bash", script, *CALL, cwd=tmp_path, env=relative)
+        assert done.returncode == 0, done.stderr
+    for record in records(cluster):
+        if record["program"] == "srun":
+            [mounts] = [word for word in record["words"] if word.startswith("--container-mounts=")]
+            folders = f"{tmp_path}/my data:/data,{tmp_path}/runs/one:/results,{tmp_path}/hub:{tmp_path}/hub"
+            assert mounts == f"--container-mounts={folders},{tmp_path}/home:{tmp_path}/home"
+            assert record["env"]["HF_HOME"] == f"{tmp_path}/hub"
+            assert record["env"]["NEMO_HOME"] == f"{tmp_path}/home/nemo"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["bin", "home", "hub", "runs"]
 
 
-@pytest.mark.parametrize("task, name, more", [(1, "sft", ["loss=sft"]), (2, "eaft", []), (4, "strong", 2)])
+@pytest.mark.parametrize("name", ["DATA", "RUN", "HF_HOME", "NEMO_EAFT_HOME"])
+@pytest.mark.parametrize("sign", [",", ":"])
+def test_a_folder_that_would_be_two_mounts_is_refused(
+    cluster: dict[str, str], tmp_path: Path, name: str, sign: str
+) -> None:
+    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster | {name: f"{tmp_path}/a{sign}b"})
+    assert done.returncode == 2
+    assert f"{name}={tmp_path}/a{sign}b: a folder" in done.stderr
+    assert records(cluster) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"], "something was made"
+
+
+def test_the_import_has_the_cpus_it_asks_for(cluster: dict[str, str], tmp_path: Path) -> None:
+    run("bash", IMPORT, *CALL, cwd=tmp_path, env=cluster | {"SLURM_CPUS_PER_TASK": "12"})
+    [step] = records(cluster)
+    assert step["env"]["SRUN_CPUS_PER_TASK"] == "12"
+
+
+SWEEP = "sft loss=sft\neaft\n\nstrong loss.alpha=2 loss.top_k=40\n../away loss=sft\n..\n.\n1\n01\n"
+
+
+@pytest.mark.parametrize(
+    "task, name, more", [(1, "sft", ["loss=sft"]), (2, "eaft", []), (4, "strong", 2), (8, "1", []), (9, "01", [])]
+)
 def test_an_array_is_one_run_a_line(
     cluster: dict[str, str], tmp_path: Path, task: int, name: str, more: list[str] | int
 ) -> None:
@@ -163,7 +199,7 @@ def test_an_array_is_one_run_a_line(
     assert added == (["loss.alpha=2", "loss.top_k=40"] if more == 2 else more)
 
 
-@pytest.mark.parametrize("task", ["3", "5", "6", None])
+@pytest.mark.parametrize("task", ["3", "5", "10", None])
 def test_a_line_without_a_name_starts_nothing(cluster: dict[str, str], tmp_path: Path, task: str | None) -> None:
     """Empty, a way out of the folder, past the end, no array."""
     (tmp_path / "sweep.txt").write_text(SWEEP)
@@ -171,6 +207,19 @@ def test_a_line_without_a_name_starts_nothing(cluster: dict[str, str], tmp_path:
     done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster | array)
     assert done.returncode != 0
     assert ("does not begin with a name" if task else "SWEEP is for a job array") in done.stderr
+    assert records(cluster) == []
+
+
+@pytest.mark.parametrize("line", ["..", ".", "sft loss.alpha=2"])
+def test_a_line_that_has_no_folder_of_its_own_starts_nothing(
+    cluster: dict[str, str], tmp_path: Path, line: str
+) -> None:
+    (tmp_path / "sweep.txt").write_text(f"sft loss=sft\n{line}\n")
+    array = {"SWEEP": str(tmp_path / "sweep.txt"), "SLURM_ARRAY_TASK_ID": "2"}
+    done = run("bash", SBATCH, *CALL, cwd=tmp_path, env=cluster | array)
+    assert done.returncode == 2
+    word = line.split()[0]
+    assert f"line 2: {word} is {'the name of two lines' if word == 'sft' else 'no name'}" in done.stderr
     assert records(cluster) == []
 
 

@@ -6,6 +6,14 @@
 : "${RUN:?set RUN to the folder of this run}"
 : "${HF_HOME:?set HF_HOME to a Hugging Face cache on a shared file system}"
 [ "$#" -ge 1 ] || { echo "usage: sbatch SCRIPT CONF [key=value ...]" >&2; exit 2; }
+# As in a container they are seen from another folder, and pyxis cuts the list of mounts at `,` and `:`.
+for name in DATA RUN HF_HOME ${NEMO_EAFT_HOME:+NEMO_EAFT_HOME}; do
+  case ${!name} in *[,:]*)
+    echo "$name=${!name}: a folder of a container's mounts cannot have , or : in its name" >&2
+    exit 2
+  esac
+  printf -v "$name" %s "$(realpath -ms -- "${!name}")"
+done
 mkdir -p "$RUN" "$HF_HOME"
 
 # shellcheck source-path=SCRIPTDIR source=../environment.sh

@@ -11,6 +11,8 @@ nemo_eaft knows about this package. With `meta.py` models are built, but not run
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import sys
 
@@ -33,6 +35,24 @@ def is_enabled() -> bool:
 def applied_patches() -> list[Patch]:
     """The patches in force, oldest first; each says which upstream assumption it answers."""
     return _APPLIED.applied
+
+
+def unusable() -> str:
+    """Why `enable` would refuse the installed packages, in a few words; empty if nothing is known. Imports none.
+
+    For who starts another process that enables it, and wants to say so before.
+    """
+    for module, name in (("transformer_engine", "Transformer Engine"), ("apex", "Apex")):
+        if importlib.util.find_spec(module) is not None:
+            return f"{name} is installed"
+    for package, written_for in (("nemo_toolkit", NEMO_VERSION), ("megatron-core", MEGATRON_VERSION)):
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not found.startswith(f"{written_for}."):
+            return f"{package} is {found}, not {written_for}"
+    return ""
 
 
 def enable() -> None:

@@ -189,6 +189,7 @@ REFUSALS = {
     "linear cross-entropy": "ValueError: cfg.model.cross_entropy_fusion_impl: 'linear'; allowed: 'native' or 'te'",
     "schedule plan": "ValueError: cfg.model.overlap_moe_expert_parallel_comm: True; allowed: False",
     "full-iteration graph": "ValueError: cfg.model.cuda_graph_scope: full_iteration; allowed: any other",
+    "full-iteration graph, a name": "ValueError: cfg.model.cuda_graph_scope: full_iteration; allowed: any other",
     "prediction heads": "ValueError: cfg.model.mtp_num_layers: 1; allowed: None.",
     "virtual pipeline": "ValueError: cfg.model.overlap_p2p_comm: False; allowed: True, with batch_p2p_comm=False",
     "no vocabulary size": "ValueError: vocab_size: the model's configuration does not name one",

@@ -104,6 +104,7 @@ def refusals(state: Any) -> dict[str, str]:
     changed("linear cross-entropy", cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="linear")
     changed("schedule plan", overlap_moe_expert_parallel_comm=True)
     changed("full-iteration graph", cuda_graph_impl="local", cuda_graph_scope=["full_iteration"])
+    changed("full-iteration graph, a name", cuda_graph_impl="local", cuda_graph_scope="full_iteration")
     changed("prediction heads", mtp_num_layers=1)
     changed("virtual pipeline", virtual_pipeline_model_parallel_size=2, pipeline_model_parallel_size=2)
     changed("no vocabulary size", vocab_size=None)
