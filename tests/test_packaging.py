@@ -260,6 +260,8 @@ EXERCISED = {
     "nemo-eaft import": 'tests/test_cli.py:"import"',
     "nemo-eaft train": 'tests/test_cli.py:"train"',
     "nemo-eaft plan": 'tests/plan/test_command.py:"plan"',
+    "nemo-eaft analyze": 'tests/nemo/test_analyze.py:"analyze"',
+    "nemo-eaft compare": 'tests/compare/test_command.py:"compare"',
     "nemo-eaft export": 'tests/test_cli_export.py:"export"',
     "torchrun": "tests/test_packaging.py:nemo_eaft.train",
     "pip install": "tests/test_packaging.py:def installed",
