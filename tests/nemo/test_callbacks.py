@@ -38,7 +38,7 @@ def test_a_save_may_take_long_where_nothing_watches(
         raise RuntimeError("torch 9.9: no such thing")
 
     monkeypatch.setattr(watchdog_callback, "raise_timeouts", refuse)
-    monkeypatch.setattr(watchdog_callback.logging, "warning", said.append)
+    monkeypatch.setattr("nemo_eaft.watchdog_callback.logging.warning", said.append)
     watch.on_train_start(None, None)
     assert ["could not be raised (torch 9.9: no such thing)" in line for line in said] == [True]
 
