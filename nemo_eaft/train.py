@@ -52,7 +52,6 @@ def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None)
     from nemo_eaft.restart import store_of_this_attempt
     from nemo_eaft.resume import KeepDataOrder, KeepSchedule, RepeatValidation, SameStart
     from nemo_eaft.stop_callback import StopOnRequest
-    from nemo_eaft.watchdog_callback import EndStalled, RaiseTimeouts
     from nemo_eaft.writer import end_writer_with_rank
 
     end_writer_with_rank()
@@ -79,12 +78,7 @@ def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None)
         )
     )
     trainer.callbacks.append(RepeatValidation(run_dir / "metrics.jsonl"))
-    if settings.run.stall_seconds:
-        # The settings have said where one of them has no effect.
-        save_seconds = max(settings.run.stall_seconds, settings.run.save_seconds)
-        trainer.callbacks.append(EndStalled(run_dir, settings.run.stall_seconds, save_seconds))
-    else:
-        trainer.callbacks.append(RaiseTimeouts(settings.run.save_seconds + 60))
+    trainer.callbacks.append(build_watch(settings, run_dir))
     # After what records the step: it saves.
     trainer.callbacks.append(StopOnRequest(run_dir))
     llm.finetune(
@@ -96,6 +90,17 @@ def run_training(settings: Settings, checkpoint: Path, resume_from: Path | None)
         optim=build_optimizer(settings),
         tokenizer="model",
     )
+
+
+def build_watch(settings: Settings, run_dir: Path) -> Any:
+    """The callback that ends a stalled job, or where nothing does, the one that lets a save take its time."""
+    from nemo_eaft.watchdog_callback import EndStalled, RaiseTimeouts
+
+    run = settings.run
+    if not run.stall_seconds:
+        return RaiseTimeouts(run.save_seconds + 60)
+    # The settings have said where the limit of a save has no effect.
+    return EndStalled(run_dir, run.stall_seconds, max(run.stall_seconds, run.save_seconds))
 
 
 def imported_vocab_size(checkpoint: Path) -> int | None:

@@ -160,7 +160,8 @@ def limits_over_nccl(rank: int) -> list[float]:
     """Seconds that the world and a group of its own give a collective, before and after they were raised."""
     dist.destroy_process_group()
     limit = datetime.timedelta(seconds=20)
-    dist.init_process_group("nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1, timeout=limit)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, timeout=limit)
     groups: list[Any] = [dist.group.WORLD, dist.new_group(timeout=datetime.timedelta(seconds=7000))]
     device = torch.device("cuda")
 
