@@ -93,7 +93,8 @@ def test_skip_counts_and_reports(tmp_path: Path, tokenizer: Any, caplog: pytest.
 def test_more_than_half_left_out_is_said_with_the_reasons(
     tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    empty, unread = {"messages": chat("a", "")}, {"messages": [{"role": "user", "content": 5}]}
+    empty: dict[str, Any] = {"messages": chat("a", "")}
+    unread: dict[str, Any] = {"messages": [{"role": "user", "content": 5}]}
     for bad, loud in (([empty] * 3 + [unread], False), ([empty] * 4 + [unread], True)):
         caplog.clear()
         path = write_jsonl(tmp_path / "t.jsonl", GOOD + bad)
