@@ -95,9 +95,9 @@ def test_more_than_half_left_out_is_said_with_the_reasons(
 ) -> None:
     empty: dict[str, Any] = {"messages": chat("a", "")}
     unread: dict[str, Any] = {"messages": [{"role": "user", "content": 5}]}
-    for bad, loud in (([empty] * 3 + [unread], False), ([empty] * 4 + [unread], True)):
+    for count, loud in ((3, False), (4, True)):
         caplog.clear()
-        path = write_jsonl(tmp_path / "t.jsonl", GOOD + bad)
+        path = write_jsonl(tmp_path / "t.jsonl", [*GOOD, *[empty] * count, unread])
         prepare(make_settings(tmp_path, path, data={"on_bad_row": "skip"}), tokenizer)
         assert ("MORE THAN HALF of data.train=" in caplog.text) == loud
     said = caplog.records[-1].getMessage().splitlines()
