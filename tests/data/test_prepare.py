@@ -97,7 +97,8 @@ def test_more_than_half_left_out_is_said_with_the_reasons(
     unread: dict[str, Any] = {"messages": [{"role": "user", "content": 5}]}
     for count, loud in ((3, False), (4, True)):
         caplog.clear()
-        path = write_jsonl(tmp_path / "t.jsonl", [*GOOD, *[empty] * count, unread])
+        rows: list[dict[str, Any]] = [*GOOD, *[empty] * count, unread]
+        path = write_jsonl(tmp_path / "t.jsonl", rows)
         prepare(make_settings(tmp_path, path, data={"on_bad_row": "skip"}), tokenizer)
         assert ("MORE THAN HALF of data.train=" in caplog.text) == loud
     said = caplog.records[-1].getMessage().splitlines()
