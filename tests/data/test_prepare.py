@@ -113,7 +113,7 @@ def test_more_than_half_left_out_is_said_with_the_reasons(
 def test_functions_and_a_template_that_writes_none_stop_the_run_at_the_first(
     tmp_path: Path, tokenizer: Any, on_bad_row: str
 ) -> None:
-    rows = [*GOOD, GOOD[0] | {"tools": [{"name": "area"}]}, {"messages": "not reached"}]
+    rows: list[dict[str, Any]] = [*GOOD, {**GOOD[0], "tools": [{"name": "area"}]}, {"messages": "not reached"}]
     settings = make_settings(tmp_path, write_jsonl(tmp_path / "t.jsonl", rows), data={"on_bad_row": on_bad_row})
     with pytest.raises(ValueError, match=r"t\.jsonl:5: the function area: the chat template leaves it out\. The chat"):
         prepare(settings, tokenizer)
