@@ -163,7 +163,8 @@ def test_the_page_of_evaluation_installs_what_its_commands_need() -> None:
     text = (ROOT / "docs" / "evaluate.md").read_text()
     (extras,) = re.findall(r'^pip install -c constraints\.txt "\.\[(.+)\]"$', text, re.MULTILINE)
     assert set(extras.split(",")) == {"nemo", "eval"}
-    assert "\nnemo-eaft export " in text and "\nlm_eval run " in text
+    assert "\nnemo-eaft export " in text
+    assert "\nlm_eval run " in text
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (harness,) = map(Requirement, project["optional-dependencies"]["eval"])
     assert not harness.specifier.contains("0.4.9.2")
