@@ -4,16 +4,19 @@ and plain fine-tuning, the same settings in all three domains. tests/nemo/test_r
 from __future__ import annotations
 
 import re
+import tomllib
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
 
 from nemo_eaft.compose import compose, difference, shipped
 from nemo_eaft.hf_model import check_model
 from tests.test_hf_model import Sized
 
+ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("math", "medical", "agent")
 
 
@@ -138,7 +141,7 @@ def test_a_layout_can_be_changed_on_the_command_line() -> None:
 
 def test_the_commands_of_the_pages_are_complete() -> None:
     """And no setting in them is without effect."""
-    pages = sorted((Path(__file__).resolve().parents[1] / "docs").glob("*.md"))
+    pages = sorted((ROOT / "docs").glob("*.md"))
     found = [line for page in pages for line in re.findall(r"^nemo-eaft train (.+)$", page.read_text(), re.MULTILINE)]
     assert len(found) >= 2
     with warnings.catch_warnings():
@@ -146,3 +149,22 @@ def test_the_commands_of_the_pages_are_complete() -> None:
         for line in found:
             conf, *overrides = line.split()
             assert compose(conf, overrides).run.dir == overrides[-1].removeprefix("run.dir=")
+
+
+def test_the_page_of_evaluation_installs_what_its_commands_need() -> None:
+    """`nemo-eaft export` needs NeMo; `lm_eval run` came with 0.4.10."""
+    text = (ROOT / "docs" / "evaluate.md").read_text()
+    (extras,) = re.findall(r'^pip install -c constraints\.txt "\.\[(.+)\]"$', text, re.MULTILINE)
+    assert set(extras.split(",")) == {"nemo", "eval"}
+    assert "\nnemo-eaft export " in text
+    assert "\nlm_eval run " in text
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (harness,) = map(Requirement, project["optional-dependencies"]["eval"])
+    assert not harness.specifier.contains("0.4.9.2")
+    assert harness.specifier.contains("0.4.10")
+
+
+def test_comments_of_conf_are_not_too_wide() -> None:
+    lines = [line for path in (ROOT / "nemo_eaft" / "conf").rglob("*.yaml") for line in path.read_text().splitlines()]
+    assert len(lines) > 100
+    assert [line for line in lines if len(line) > 120] == []

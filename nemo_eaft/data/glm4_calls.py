@@ -1,9 +1,10 @@
 """Calls of functions in the words of GLM-4-0414's chat template.
 
 Most templates read ``tool_calls`` of a message and the role ``tool``. GLM-4-0414's (``chat_template`` in the
-``tokenizer_config.json`` of THUDM/GLM-4-9B-0414 and -32B-0414) knows neither and passes over both without a word. There
-a call is a message of the assistant whose ``metadata`` is the name of the function and whose content is the arguments
-as JSON, and a result comes from the role ``observation``.
+``tokenizer_config.json`` of THUDM/GLM-4-9B-0414 and -32B-0414) knows neither and passes over both without a word (read
+in copies of the template of GLM-Z1-0414, its sibling; whether a model's own is like it is told by the words in it).
+There a call is a message of the assistant whose ``metadata`` is the name of the function and whose content is the
+arguments as JSON, and a result comes from the role ``observation``.
 """
 
 from __future__ import annotations

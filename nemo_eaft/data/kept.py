@@ -75,7 +75,7 @@ def _example() -> tuple[list[dict[str, Any]], list[Any]]:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
     parameters = {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}}
     function = {"name": "add", "description": "Adds.", "parameters": parameters}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "1 + 2?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "3"},

@@ -93,10 +93,12 @@ def test_skip_counts_and_reports(tmp_path: Path, tokenizer: Any, caplog: pytest.
 def test_more_than_half_left_out_is_said_with_the_reasons(
     tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    empty, unread = {"messages": chat("a", "")}, {"messages": [{"role": "user", "content": 5}]}
-    for bad, loud in (([empty] * 3 + [unread], False), ([empty] * 4 + [unread], True)):
+    empty: dict[str, Any] = {"messages": chat("a", "")}
+    unread: dict[str, Any] = {"messages": [{"role": "user", "content": 5}]}
+    for count, loud in ((3, False), (4, True)):
         caplog.clear()
-        path = write_jsonl(tmp_path / "t.jsonl", GOOD + bad)
+        rows: list[dict[str, Any]] = [*GOOD, *[empty] * count, unread]
+        path = write_jsonl(tmp_path / "t.jsonl", rows)
         prepare(make_settings(tmp_path, path, data={"on_bad_row": "skip"}), tokenizer)
         assert ("MORE THAN HALF of data.train=" in caplog.text) == loud
     said = caplog.records[-1].getMessage().splitlines()
@@ -111,7 +113,7 @@ def test_more_than_half_left_out_is_said_with_the_reasons(
 def test_functions_and_a_template_that_writes_none_stop_the_run_at_the_first(
     tmp_path: Path, tokenizer: Any, on_bad_row: str
 ) -> None:
-    rows = [*GOOD, GOOD[0] | {"tools": [{"name": "area"}]}, {"messages": "not reached"}]
+    rows: list[dict[str, Any]] = [*GOOD, {**GOOD[0], "tools": [{"name": "area"}]}, {"messages": "not reached"}]
     settings = make_settings(tmp_path, write_jsonl(tmp_path / "t.jsonl", rows), data={"on_bad_row": on_bad_row})
     with pytest.raises(ValueError, match=r"t\.jsonl:5: the function area: the chat template leaves it out\. The chat"):
         prepare(settings, tokenizer)

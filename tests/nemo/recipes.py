@@ -73,8 +73,9 @@ class Recipes:
     def settings(self, name: str, domain: str | None = None, run_dir: str = "") -> Settings:
         """The recipe in small."""
         full = compose(name)
+        domain = domain or DOMAINS.get(name)
         # conf/data/math.yaml is data=math.
-        domain = domain or DOMAINS.get(name) or next(d for d in ("math", "medical", "agent") if compose(name, [f"data={d}"]) == full)
+        domain = domain or next(d for d in ("math", "medical", "agent") if compose(name, [f"data={d}"]) == full)
         rows = self.rows(domain)
         parallel, trainer = full.parallel, full.trainer
         tensor, pipeline, expert = (min(n, 2) for n in (parallel.tensor, parallel.pipeline, parallel.expert))
