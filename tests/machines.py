@@ -188,13 +188,11 @@ class Loopback:
 
 
 @contextlib.contextmanager
-def rack(folder: Path, pretend: bool = False) -> Iterator[Rack | Loopback]:
-    """Machines for a test, all switched off at its end. A warning where they are pretended without being asked for."""
+def rack(folder: Path) -> Iterator[Rack | Loopback]:
+    """Machines for a test, all switched off at its end. A warning where they are pretended."""
     made: Rack | Loopback
     try:
-        if pretend:
-            made = Loopback()
-        elif missing := [name for name in ("unshare", "nsenter", "ip") if shutil.which(name) is None]:
+        if missing := [name for name in ("unshare", "nsenter", "ip") if shutil.which(name) is None]:
             raise RuntimeError(f"no {', '.join(missing)}")
         else:
             made = Rack(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -43,10 +44,10 @@ RANKS = """
 """
 
 
-@pytest.fixture(params=["namespaces", "loopback"])
-def machines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rack | Loopback]:
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Rack | Loopback]:
     """Where there can be no namespaces both are the loopback, and a warning says so."""
-    with rack(tmp_path, pretend=request.param == "loopback") as made:
+    with rack(tmp_path) as made:
         yield made
 
 
@@ -62,6 +63,10 @@ def test_where_there_are_no_machines_the_loopback_takes_their_place(
     monkeypatch.setattr(Rack, "boot", boot)
     with pytest.warns(UserWarning, match="instead of two machines"), rack(tmp_path) as made:
         assert not made.real
+        machine = made.boot(0)
+        process = machine.start(["sleep", "60"], tmp_path / "log", os.environ)
+        machine.lose_power()
+        assert process.wait(10) == -signal.SIGKILL
 
 
 def test_machines_end_with_who_started_them(tmp_path: Path) -> None:
