@@ -24,6 +24,8 @@ NETWORK = "192.0.2"
 """Of addresses: TEST-NET-1, which no network uses."""
 INTERFACE = "fabric0"
 """Name of a machine's network interface."""
+SPARE = 8
+"""Number of the machine that is switched on for a moment to see whether there can be any."""
 
 
 def _check(*words: str) -> None:
@@ -42,10 +44,12 @@ class Holder:
 
     @classmethod
     def start(cls, script: str) -> Holder:
-        """Run `script` in new namespaces, then wait there for ever."""
+        """Run `script` in new namespaces, then wait there until :meth:`kill`, or until this process ends."""
         command = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         process = subprocess.Popen(
-            [*command, "sh", "-ec", f"{script}; echo up; exec sleep infinity"],
+            # It reads from a pipe that nobody writes to, and which the end of this process closes, however it comes.
+            [*command, "sh", "-ec", f"{script}; echo up; exec cat"],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -103,7 +107,7 @@ class Machine:
 
 
 class Rack:
-    """A switch and up to nine machines `node0`, `node1`, ... on it."""
+    """A switch and up to eight machines `node0`, `node1`, ... on it."""
 
     real = True
 
@@ -184,17 +188,21 @@ class Loopback:
 
 
 @contextlib.contextmanager
-def rack(folder: Path, pretend: bool = False) -> Iterator[Rack | Loopback]:
-    """Machines for a test, all switched off at its end. A warning where they are pretended without being asked for."""
+def rack(folder: Path) -> Iterator[Rack | Loopback]:
+    """Machines for a test, all switched off at its end. A warning where they are pretended."""
     made: Rack | Loopback
     try:
-        if pretend:
-            made = Loopback()
-        elif missing := [name for name in ("unshare", "nsenter", "ip") if shutil.which(name) is None]:
+        if missing := [name for name in ("unshare", "nsenter", "ip") if shutil.which(name) is None]:
             raise RuntimeError(f"no {', '.join(missing)}")
         else:
             made = Rack(folder)
-    except RuntimeError as error:
+            try:
+                # A switch can be had without the cables to it.
+                made.boot(SPARE).off()
+            except BaseException:
+                made.end()
+                raise
+    except (RuntimeError, OSError, ValueError) as error:
         warnings.warn(f"two torchrun on the loopback interface instead of two machines: {error}", stacklevel=3)
         made = Loopback()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -43,11 +44,50 @@ RANKS = """
 """
 
 
-@pytest.fixture(params=["namespaces", "loopback"])
-def machines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rack | Loopback]:
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Rack | Loopback]:
     """Where there can be no namespaces both are the loopback, and a warning says so."""
-    with rack(tmp_path, pretend=request.param == "loopback") as made:
+    with rack(tmp_path) as made:
         yield made
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no cable"), PermissionError("not allowed"), ValueError("no child")])
+def test_where_there_are_no_machines_the_loopback_takes_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Also where only the second step cannot be had: a switch, but no machine on it."""
+
+    def boot(self: Rack, number: int) -> Machine:
+        raise error
+
+    monkeypatch.setattr(Rack, "boot", boot)
+    with pytest.warns(UserWarning, match="instead of two machines"), rack(tmp_path) as made:
+        assert not made.real
+        machine = made.boot(0)
+        process = machine.start(["sleep", "60"], tmp_path / "log", os.environ)
+        machine.lose_power()
+        assert process.wait(10) == -signal.SIGKILL
+
+
+def test_machines_end_with_who_started_them(tmp_path: Path) -> None:
+    """Killed, a process cleans up nothing."""
+    script = """
+        import os, pathlib, signal, sys
+        from tests.machines import rack
+        with rack(pathlib.Path(sys.argv[1])) as made:
+            if made.real:
+                print(made.switch.pid, made.boot(0).holder.pid, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == -9
+    if not done.stdout:
+        pytest.skip("no namespaces here")
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in done.stdout.split() if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.02)
 
 
 class Job:

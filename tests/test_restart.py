@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from nemo_eaft import cli, launch, ready, train
 from nemo_eaft.compose import compose

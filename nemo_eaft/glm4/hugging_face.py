@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,11 @@ def _joined(what: str) -> str:
 def _same(tied: bool) -> dict[str, str]:
     """Tied, the embedding is the output layer."""
     return {hf: megatron for hf, megatron in _SAME.items() if not (tied and hf == "lm_head.weight")}
+
+
+def _generation_config(checkpoint: str) -> Any:
+    """What the import kept of generation_config.json; None: the model had none."""
+    return io.load_context(checkpoint, subpath="model.config").generation_config
 
 
 def check_hf_config(source: Any) -> None:
@@ -102,7 +109,11 @@ class HFGLM4Importer(io.ModelConnector["Glm4ForCausalLM", GLM4Model]):  # type: 
         """
         from transformers import AutoTokenizer
 
-        folder = save_path or tempfile.mkdtemp(prefix="nemo_eaft-tokenizer-")
+        folder = save_path
+        if not folder:
+            folder = tempfile.mkdtemp(prefix="nemo_eaft-tokenizer-")
+            # Not before: the model that was imported reads them, too.
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
         AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(folder)
         return folder
 
@@ -161,9 +172,13 @@ class HFGLM4Exporter(io.ModelConnector[GLM4Model, "Glm4ForCausalLM"]):  # type: 
             return AutoModelForCausalLM.from_config(self.config, torch_dtype=dtype)
 
     def apply(self, output_path: Path, trust_remote_code: bool | None = None) -> Path:
-        """Convert and save to `output_path`, with the tokenizer. `trust_remote_code` has no use."""
+        """Convert and save to `output_path`, with tokenizer and generation configuration. `trust_remote_code` has no
+        use."""
         source, _ = self.nemo_load(str(self))
         target = self.convert_state(source, self.init(torch_dtype_from_mcore_config(source.config)))
+        generation = _generation_config(str(self))
+        if generation is not None:
+            target.generation_config = generation
         target.cpu().save_pretrained(output_path)
         self.tokenizer.save_pretrained(output_path)
         return output_path
@@ -193,11 +208,14 @@ class HFGLM4Exporter(io.ModelConnector[GLM4Model, "Glm4ForCausalLM"]):  # type: 
 
     @property
     def config(self) -> Any:
-        """Hugging Face's configuration of the same model; special tokens are the tokenizer's."""
+        """Hugging Face's configuration of the same model; special tokens are the tokenizer's, but for several that end
+        a text, which only the generation configuration has."""
         from transformers import Glm4Config
 
         source = io.load_context(str(self), subpath="model.config")
         tokenizer = self.tokenizer
+        generation = _generation_config(str(self))
+        ends = generation.eos_token_id if generation is not None else None
         return Glm4Config(
             architectures=["Glm4ForCausalLM"],
             num_hidden_layers=source.num_layers,
@@ -216,5 +234,5 @@ class HFGLM4Exporter(io.ModelConnector[GLM4Model, "Glm4ForCausalLM"]):  # type: 
             tie_word_embeddings=source.share_embeddings_and_output_weights,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id if ends is None else ends,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +58,24 @@ def wrong_logits(name: str, checkpoint: Path, tokens: torch.Tensor) -> torch.Ten
     return nemo_logits(checkpoint, tokens)
 
 
-def by_nemo_alone(source: Path, checkpoint: Path, output: Path) -> None:
-    """There and back by NeMo's own functions, as a script does it; nothing of `nemo_eaft.convert`."""
+def by_nemo_alone(source: Path, checkpoint: Path, output: Path) -> list[str]:
+    """There and back by NeMo's own functions, as a script does it; nothing of `nemo_eaft.convert`.
+
+    Returns:
+        The folders in the system's place for temporary files that the end of the process leaves there.
+    """
+    scratch = output.parent / "scratch"
+    scratch.mkdir()
+    tempfile.tempdir = str(scratch)
     from nemo.collections import llm
 
     from nemo_eaft.glm4 import GLM4Config9B, GLM4Model
 
     llm.import_ckpt(GLM4Model(GLM4Config9B()), f"hf://{source}", output_path=checkpoint)
     llm.export_ckpt(checkpoint, "hf", output)
+    assert any(path.name.startswith("nemo_eaft-tokenizer-") for path in scratch.iterdir())
+    atexit._run_exitfuncs()
+    return [path.name for path in scratch.iterdir() if path.name.startswith("nemo_eaft-")]
 
 
 def refused(source: Path, output: Path) -> str:

@@ -1,6 +1,7 @@
 """GLM-4-0414: what is converted is Hugging Face's model, and goes back."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,21 @@ def test_bfloat16_there_and_back(workshop: Workshop, family: str, tmp_path: Path
 
 def test_there_and_back_by_nemo_alone(workshop: Workshop, tmp_path: Path) -> None:
     """A script has NeMo's own functions; what the exporter knows is then only in the checkpoint."""
-    source = workshop.hf("glm4")
-    run_ranks(glm4_jobs.by_nemo_alone, 1, source, tmp_path / "nemo", tmp_path / "hf")
+    from transformers import GenerationConfig
+
+    source = tmp_path / "source"
+    shutil.copytree(workshop.hf("glm4"), source)
+    # As GLM-4-0414 has them: several tokens end a text.
+    ends = [5, 7, 249]
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": ends}))
+    GenerationConfig(eos_token_id=ends, pad_token_id=5, do_sample=True, temperature=0.6).save_pretrained(source)
+    (left,) = run_ranks(glm4_jobs.by_nemo_alone, 1, source, tmp_path / "nemo", tmp_path / "hf")
     assert_same_model(source, tmp_path / "hf")
-    assert read_config(tmp_path / "hf", "config.json") == read_config(source, "config.json")
+    for file in ("config.json", "generation_config.json"):
+        assert read_config(tmp_path / "hf", file) == read_config(source, file)
+    assert read_config(tmp_path / "hf", "generation_config.json")["eos_token_id"] == ends
+    assert left == []
 
 
 def assert_same_model(source: Path, output: Path, dtype: torch.dtype = torch.float32) -> None:

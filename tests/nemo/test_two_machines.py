@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from nemo_eaft import compose, launch, recorder
+from nemo_eaft import compose, launch, recorder, saved
 from nemo_eaft.ready import READY
 from tests.machines import Machine, exit_code, free_port, rack
 from tests.nemo.conftest import Workshop
 from tests.nemo.launched import ROOT, assert_same_checkpoint, checkpoints
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+# More than the limits inside together: this one ends pytest, they end the test.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 12
 SAVE_EVERY = 4
@@ -88,11 +89,15 @@ def test_a_machine_that_is_lost_and_comes_back(workshop: Workshop, tmp_path: Pat
         until((run_dir / launch.ERROR).exists, STALL_SECONDS + 30)
         timeline.append(time.monotonic())
         error = json.loads((run_dir / launch.ERROR).read_text())
+        # Nothing is saved any more. The line of a step is there before that step is saved, so the lines do not tell.
+        kept = saved.read(run_dir / saved.SAVED)
+        assert kept is not None
+        assert SAVE_EVERY <= kept.steps <= done
 
         # The agent of the machine that is left waits for the other one.
         second = machines.boot(1)
         again = second.start(command, logs[1], environment)
-        assert exit_code(agent, 200, *logs) == 0, logs[0].read_text()[-4000:]
+        assert exit_code(agent, 150, *logs) == 0, logs[0].read_text()[-4000:]
         assert exit_code(again, 30, *logs) == 0, logs[1].read_text()[-4000:]
         assert lost.wait(10) != 0
         trained, noticed, ended = (later - earlier for earlier, later in pairwise([*timeline, time.monotonic()]))
@@ -103,7 +108,7 @@ def test_a_machine_that_is_lost_and_comes_back(workshop: Workshop, tmp_path: Pat
 
     after = json.loads((run_dir / READY).read_text())
     assert before["resume_from"] is None
-    assert after["resume_from"].endswith(f"step={done // SAVE_EVERY * SAVE_EVERY - 1}")
+    assert after["resume_from"].endswith(f"step={kept.steps - 1}")
     assert after["job"] != before["job"], "a rank could have taken the first start's note for the second's"
     if machines.real:
         assert (error["kind"], error["rank"]) == ("stall", 1)
