@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -61,7 +62,9 @@ def test_where_there_are_no_machines_the_loopback_takes_their_place(
         raise error
 
     monkeypatch.setattr(Rack, "boot", boot)
-    with pytest.warns(UserWarning, match="instead of two machines"), rack(tmp_path) as made:
+    with contextlib.ExitStack() as stack:
+        with pytest.warns(UserWarning, match="instead of two machines"):
+            made = stack.enter_context(rack(tmp_path))
         assert not made.real
         machine = made.boot(0)
         process = machine.start(["sleep", "60"], tmp_path / "log", os.environ)
