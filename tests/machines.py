@@ -194,14 +194,13 @@ def rack(folder: Path) -> Iterator[Rack | Loopback]:
     try:
         if missing := [name for name in ("unshare", "nsenter", "ip") if shutil.which(name) is None]:
             raise RuntimeError(f"no {', '.join(missing)}")
-        else:
-            made = Rack(folder)
-            try:
-                # A switch can be had without the cables to it.
-                made.boot(SPARE).off()
-            except BaseException:
-                made.end()
-                raise
+        made = Rack(folder)
+        try:
+            # A switch can be had without the cables to it.
+            made.boot(SPARE).off()
+        except BaseException:
+            made.end()
+            raise
     except (RuntimeError, OSError, ValueError) as error:
         warnings.warn(f"two torchrun on the loopback interface instead of two machines: {error}", stacklevel=3)
         made = Loopback()

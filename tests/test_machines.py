@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,7 +10,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -62,7 +62,7 @@ def test_where_there_are_no_machines_the_loopback_takes_their_place(
         raise error
 
     monkeypatch.setattr(Rack, "boot", boot)
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         with pytest.warns(UserWarning, match="instead of two machines"):
             made = stack.enter_context(rack(tmp_path))
         assert not made.real
