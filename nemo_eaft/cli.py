@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ _STOPPING = (
     "a checkpoint and ends with exit code 75 (ranks of a torchrun of your own: 0), and run.dir/stopped.json says "
     "where. A second signal ends it at once. Other exit codes: 0 done, 2 wrong input, 1 anything else."
 )
-_OVERRIDES = "group.key=value or group=file, for example trainer.max_steps=5 or loss=sft"
+_OVERRIDES = "group.key=value or group=file, for example trainer.learning_rate=1e-5 or loss=sft"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments.overrides, rest = [*arguments.overrides, *rest], []
     if rest:
         parser.error(_not_an_option(rest))
+    # torch's own, in every process that imports it where NeMo's requirements are installed.
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     command: Callable[[argparse.Namespace], int] = arguments.run
     return _guarded(lambda: command(arguments))
 
@@ -144,6 +147,10 @@ def _guarded(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("nemo-eaft: interrupted", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Who read the output has seen enough. The interpreter flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ValueError as error:
         if not is_users(error):
             raise
@@ -153,9 +160,10 @@ def _guarded(command: Callable[[], int]) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     from nemo_eaft.compose import compose
-    from nemo_eaft.ready import check_run_dir, import_model, open_model, prepare_rows
 
     settings = compose(arguments.conf, arguments.overrides, unused=() if arguments.data else ("data.train",))
+    from nemo_eaft.ready import check_run_dir, import_model, open_model, prepare_rows
+
     if arguments.data:
         check_run_dir(settings)
     model = open_model(settings)
@@ -166,12 +174,14 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from nemo_eaft import stop
     from nemo_eaft.compose import compose
+
+    # Before torch is imported: most mistakes are in these words.
+    settings = compose(arguments.conf, arguments.overrides)
+    from nemo_eaft import stop
     from nemo_eaft.launch import check_world, forget_errors, launched, run_local, tell_torchrun, write_error
     from nemo_eaft.ready import check_run_dir, make_ready, wait_ready
 
-    settings = compose(arguments.conf, arguments.overrides)
     allow: bool = arguments.allow_config_change
     place = launched()
     if place is None:

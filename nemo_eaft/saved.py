@@ -75,7 +75,7 @@ def proofs(run_dir: Path, settings: Settings | None) -> list[str]:
         first_save = min(settings.trainer.save_every, settings.trainer.max_steps)
         # The line of that very step says nothing: the job may have died in its save.
         if last > first_save:
-            found.append(f"{metrics}: the run has done {last} steps, and saved after step {first_save}")
+            found.append(f"{metrics}: the run has done {last} steps, and its first save was after step {first_save}")
     return found
 
 

@@ -227,7 +227,8 @@ class TrainerSettings:
             )
         if self.warmup_steps >= self.max_steps and self.warmup_steps > 0:
             raise ValueError(
-                f"trainer.warmup_steps={self.warmup_steps} must be below trainer.max_steps={self.max_steps}"
+                f"trainer.warmup_steps={self.warmup_steps} must be below trainer.max_steps={self.max_steps}: a short "
+                "run needs a shorter warm-up"
             )
         _finite("trainer.weight_decay", self.weight_decay, 0.0)
         _finite("trainer.clip_grad", self.clip_grad, 0.0)

@@ -148,7 +148,8 @@ class Source:
                 return _saved(datasets.load_from_disk(str(path)), self.split)
             return datasets.load_dataset(self.name, self.subset, split=self.split)
         except ValueError as error:
-            raise ValueError(f"{self.key}={self.name}, split {self.split}: {error}") from error
+            hint = f"; data.subset={self.subset}, null: the only one" if "BuilderConfig" in str(error) else ""
+            raise ValueError(f"{self.key}={self.name}, split {self.split}: {error}{hint}") from error
         except Exception as error:
             # datasets raises many unrelated types for what is one thing to the user: it is not there.
             raise ValueError(

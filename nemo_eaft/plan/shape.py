@@ -127,7 +127,8 @@ def find_config(model_hf: str) -> dict[str, Any]:
     if cached is not None:
         return _read(cached)
     if folder.is_absolute() or model_hf.startswith((".", "~")):
-        raise ValueError(f"model.hf: there is no folder {model_hf}")
+        hint = " (python -m nemo_eaft.demo_data writes it)" if "demo" in folder.parts else ""
+        raise ValueError(f"model.hf: there is no folder {model_hf}{hint}")
     if model_hf not in shipped_models():
         raise ValueError(
             f"model.hf: {model_hf!r} is no local folder, is not in the local Hugging Face cache, and its sizes are not "
