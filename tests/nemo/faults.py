@@ -185,6 +185,8 @@ class _Inject(Callback):
                 mask.zero_()
             return
         assert labels is not None
+        # The forward of this very chunk comes next; what was noted for a chunk before the last is not for it.
+        self._next = []
         answers = [tuple(row[counted != 0].tolist()) for row, counted in zip(labels, mask, strict=True)]
         for row, answer in enumerate(answers):
             for poison in self._fault.poison:
