@@ -185,6 +185,9 @@ def test_the_package_loads_no_pickle() -> None:
     found = []
     for path in sorted((ROOT / "nemo_eaft").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            # NumPy's refuses pickles where it is told to.
+            if isinstance(node, ast.Call) and "allow_pickle=False" in map(ast.unparse, node.keywords):
+                continue
             if isinstance(node, ast.Call) and ast.unparse(node.func) in loaders:
                 found.append(f"{path.name}:{node.lineno} {ast.unparse(node.func)}")
     assert found == []
