@@ -34,6 +34,7 @@ def model_without_attention(context: int, tensor: int) -> Any:
 
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, context_parallel_size=context)
+    dist.barrier()  # a rank that ends early would close connections that others are still making
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer = spec.submodules

@@ -29,6 +29,8 @@ def start(tensor: int = 1, pipeline: int = 1, virtual: int | None = None) -> Non
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual,
     )
+    # A rank that needs nothing more of the others, and ends, would close connections that they are still making.
+    dist.barrier()
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
 
