@@ -175,3 +175,17 @@ def largest_relative_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> f
     """Of all entries, each relative to the largest of its tensor in `b`."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max() / b[name].abs().max()) for name in a)
+
+
+def assert_weights(model: torch.nn.Module, written: dict[str, torch.Tensor]) -> None:
+    """A model of Transformer Engine's layers has, bit for bit, the weights of one of Megatron's local layers."""
+    renamed = {
+        "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+        "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    }
+    weights = dict(model.named_parameters())
+    for name, weight in written.items():
+        for local, fused in renamed.items():
+            name = name.replace(local, fused)
+        assert torch.equal(weights.pop(name).cpu(), weight), name
+    assert not weights, list(weights)

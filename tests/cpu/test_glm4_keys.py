@@ -131,16 +131,7 @@ def test_a_checkpoint_of_the_cpu_loads_into_transformer_engine(tmp_path: Path) -
         # TF32 and other kernels: the weights below are compared bit for bit, this only shows that all of them count.
         torch.testing.assert_close(on_gpu.logits(model).cpu(), expected, atol=5e-2, rtol=5e-2)
 
-        renamed = {
-            "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-            "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-        }
-        weights = dict(model.named_parameters())
-        for name, weight in torch.load(tmp_path / "weights.pt", weights_only=True).items():
-            for local, fused in renamed.items():
-                name = name.replace(local, fused)
-            assert torch.equal(weights.pop(name).cpu(), weight), name
-        assert not weights, list(weights)
+        models.assert_weights(model, torch.load(tmp_path / "weights.pt", weights_only=True))
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
