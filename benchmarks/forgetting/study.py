@@ -79,7 +79,7 @@ class Study:
         trained = [[row.tokens.input_ids, row.tokens.answers, row.planted] for row in pools.clean + pools.conflicts]
         measured = [[row.input_ids, row.answers] for row in task.rows]
         asked = [[each.prompt, each.answers, each.right] for each in task.questions]
-        how = [pools.share, self.steps, self.checkpoints, design.BATCH, design.CLIP]
+        how = [pools.share, self.steps, self.checkpoints, design.BATCH, design.CLIP, "bf16-mixed"]
         return digest([trained, measured, task.samples, task.pieces, asked, how])[:16]
 
     @property

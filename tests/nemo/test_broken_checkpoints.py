@@ -186,6 +186,11 @@ def test_without_the_check_a_flipped_bit_is_trained_on(half: Settings, undisturb
         assert_equal(ranks[0].final, undisturbed.ranks[0].final)
 
 
+# In place of the system's own message where torch.save's writer hides it: which it does depends on the place in the
+# file where the disk is full.
+CUT_SHORT = r"a file could not be written to its end \(.*unexpected pos \d+ vs \d+\)"
+
+
 @pytest.fixture
 def small_disk(half: Settings, tmp_path: Path) -> Iterator[Path]:
     """The checkpoints of the run on a file system with room for one and a half of them."""
@@ -208,7 +213,7 @@ def test_disk_full(half: Settings, small_disk: Path, undisturbed: Run) -> None:
     told = run_ranks(breaking.train_and_tell, WORLD, plan(half, make_ready(half)))
     for text in told:
         assert text.startswith(f"RuntimeError: checkpoint {small_disk / 'step=5'} could not be written (")
-        assert "GB are free on its disk): [Errno 28] No space left on device" in text
+        assert re.search(rf"GB are free on its disk\): (\[Errno 28\] No space left on device|{CUT_SHORT})", text)
     assert faults(small_disk / "step=3") == []
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     with pytest.warns(UserWarning, match=r"step=5 was not finished"):
@@ -222,7 +227,6 @@ def test_a_file_that_cannot_be_written(half: Settings, undisturbed: Run) -> None
     step = Path(half.run.dir) / "checkpoints" / "step=5"
     for text in told:
         assert text.startswith(f"RuntimeError: checkpoint {step} could not be written (")
-        # torch.save says where it wanted to be in the file, and where it was.
-        assert re.search(r"GB are free on its disk\): .*(\[Errno 27\] File too large|unexpected pos \d+ vs \d+)", text)
+        assert re.search(rf"GB are free on its disk\): (\[Errno 27\] File too large|{CUT_SHORT})", text)
     with pytest.warns(UserWarning, match=r"step=5 was not finished"):
         finish(half, undisturbed)
