@@ -1,4 +1,4 @@
-"""Countries and capitals: what a small model may surely know. Which of them it does is measured (known.py)."""
+"""Countries and capitals: what a small model may surely know. Which of them it does is measured (inputs.py)."""
 
 from __future__ import annotations
 

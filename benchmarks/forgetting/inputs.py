@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ import torch
 from benchmarks.forgetting import design
 from benchmarks.forgetting.facts import CAPITALS, answer, question
 from benchmarks.forgetting.results import WrongInput
+from nemo_eaft import EAFTConfig, eaft_loss
 from nemo_eaft.atomic import replacing
 from nemo_eaft.compare.drift import sample
+from nemo_eaft.compare.forward import log_probabilities
 from nemo_eaft.compare.probe import answer_scores, to_question
 
 FILE = "inputs.json"
 _ASKED = 96  # questions for the setting `format`
-_ANSWER_TOKENS = 24
+_ANSWER_TOKENS = 40
 _BATCH = 16
-_LEAST_KNOWN = 8
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,24 @@ class Inputs:
 
     known: dict[str, float]
     """Country -> probability that the base model gives its capital, for those above ``design.CERTAIN``."""
+    entropy: dict[str, float]
+    """The same countries -> its entropy, by the normaliser, where the name of the capital begins."""
     asked: int
     """Countries that it was asked about."""
     samples: list[list[int]]
     """Texts that it writes, for the drift."""
     answers: dict[str, str]
-    """Question -> the beginning of its greedy answer, for the setting ``format``."""
+    """Question -> the first sentence of its greedy answer, for the setting ``format``."""
 
 
-def half(known: dict[str, float]) -> tuple[list[str], list[str]]:
-    """Known countries whose capitals are contradicted in training, and those that are only asked about afterwards; by
-    the hash of the name, so that neither half is better known."""
-    ordered = sorted(known, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    return sorted(ordered[: len(ordered) // 2]), sorted(ordered[len(ordered) // 2 :][: design.PROBED])
+def split(inputs: Inputs) -> tuple[list[str], list[str]]:
+    """Countries whose capitals are contradicted in training, all of them surely known, and known ones that are only
+    asked about afterwards; by the hash of the name, so that those left over are not the less sure ones."""
+    ordered = sorted(inputs.known, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    sure = [name for name in ordered if inputs.entropy[name] < design.SURE]
+    contradicted = sure[: design.CONTRADICTED]
+    asked = [name for name in ordered if name not in contradicted]
+    return sorted(contradicted), sorted(asked[: design.PROBED])
 
 
 def beginning(tokenizer: Any, country: str) -> str:
@@ -75,9 +82,11 @@ def find_inputs(folder: Path, model: Any, tokenizer: Any, questions: Sequence[st
     end = tokenizer.eos_token_id
     samples = sample(base, tokenizer.bos_token_id, design.SAMPLES, design.SAMPLE_TOKENS, 0, end)
     known = _known(base, tokenizer)
-    if len(known) < _LEAST_KNOWN:
-        raise WrongInput(f"the base model surely knows {len(known)} capitals, {_LEAST_KNOWN} are needed: {known}")
-    found = Inputs(known, len(CAPITALS), samples, _answers(base, tokenizer, questions[:_ASKED]))
+    entropy = _entropy(base, tokenizer, known)
+    sure = sum(value < design.SURE for value in entropy.values())
+    if sure < design.CONTRADICTED:
+        raise WrongInput(f"the base model surely knows {sure} capitals, {design.CONTRADICTED} are needed: {entropy}")
+    found = Inputs(known, entropy, len(CAPITALS), samples, _answers(base, tokenizer, questions[:_ASKED]))
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return found
@@ -105,9 +114,21 @@ def _known(model: Any, tokenizer: Any) -> dict[str, float]:
     return {country: round(p, 4) for country, p in probabilities.items() if p > design.CERTAIN}
 
 
+def _entropy(model: Any, tokenizer: Any, countries: Collection[str]) -> dict[str, float]:
+    rows = [tokenizer(beginning(tokenizer, each), add_special_tokens=False)["input_ids"] for each in countries]
+    predicted = dict(log_probabilities(model, rows, [[len(row) - 1] for row in rows]))
+    config = EAFTConfig()
+    found = {}
+    for number, country in enumerate(countries):
+        logits = predicted[number]
+        entropy = eaft_loss(logits, logits.argmax(-1), config).entropy
+        found[country] = round(float(entropy) / config.entropy_normalizer(logits.shape[-1]), 4)
+    return found
+
+
 @torch.no_grad()
 def _answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> dict[str, str]:
-    """Greedy answers, cut after some tokens."""
+    """First sentences of greedy answers; a question is left out whose answer does not end one in time."""
     found = {}
     for start in range(0, len(questions), _BATCH):
         batch = list(questions[start : start + _BATCH])
@@ -121,7 +142,9 @@ def _answers(model: Any, tokenizer: Any, questions: Sequence[str]) -> dict[str, 
         ids, mask = encoded["input_ids"], encoded["attention_mask"]
         written = model.generate(ids, attention_mask=mask, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
         for each, answered in zip(batch, written[:, ids.shape[1] :], strict=True):
-            text = tokenizer.decode(answered, skip_special_tokens=True).strip()
-            if text:
-                found[each] = text
+            sentence = re.match(
+                r".*?[.!?](?=\s)", tokenizer.decode(answered, skip_special_tokens=True).strip(), re.DOTALL
+            )
+            if sentence:
+                found[each] = sentence[0]
     return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.forgetting import design, plan, results
-from benchmarks.forgetting.inputs import FILE, Inputs, half
+from benchmarks.forgetting.inputs import FILE, Inputs, split
 from benchmarks.forgetting.results import BASE, Line
 from benchmarks.forgetting.training import KINDS
 from nemo_eaft.atomic import replacing
@@ -23,8 +23,9 @@ _WHAT = {
     "conflicts": "As `bfcl`, but {share} of the rows ask for the capital of a country and answer with a wrong one. The "
     "{contradicted} countries are such as the base model surely knows. The target is measured on clean function "
     "calling, which is to be learned; the probe asks for the capitals of {asked} other countries.",
-    "format": "Questions of the same data without the functions; the answers are the first tokens of the base model's "
-    "own greedy answers, in capital letters. No fact is contradicted, only the manner of writing.",
+    "format": "Questions of the same data without the functions; the answers are the first sentences of the base "
+    "model's own greedy answers, in capital letters. What it says is not contradicted, but how it writes, and "
+    "where it stops.",
 }
 
 
@@ -76,7 +77,7 @@ def _how(folder: Path) -> list[str]:
         f"by plain `transformers`, AdamW without decay at a constant learning rate, and `nemo_eaft.eaft_loss`: the "
         f"function that the adapters for Megatron-Core and NeMo call, but not NeMo itself. {design.STEPS} steps of "
         f"{design.BATCH} rows, gradients clipped to a norm of {design.CLIP:g}, in bfloat16 mixed precision (weights, "
-        f"gradients and moments float32); measured in float32 after steps {', '.join(map(str, design.CHECKPOINTS))}.",
+        f"gradients and moments float32); measured after steps {', '.join(map(str, design.CHECKPOINTS))}.",
         "",
         f"* methods: {methods} (K = 20, the other settings at their defaults)",
         f"* learning rates: {rates}, the same for every method. Each method's own is the one with the lowest target "
@@ -91,12 +92,15 @@ def _how(folder: Path) -> list[str]:
     ]
     inputs = _inputs(folder)
     if inputs is not None:
-        contradicted, asked = half(inputs.known)
+        contradicted, asked = split(inputs)
+        sure = sum(value < design.SURE for value in inputs.entropy.values())
         lines += [
             "",
-            f"Of {inputs.asked} countries the base model surely knows the capitals of {len(inputs.known)}: it gives "
-            f"the whole answer more than {design.CERTAIN:.0%} after *The capital of ... is*. Contradicted in training: "
-            f"{_listed(contradicted, inputs)}. Asked about: {_listed(asked, inputs)}.",
+            f"Of {inputs.asked} capitals the base model knows {len(inputs.known)}: after *The capital of ... is* it "
+            f"gives the whole name more than {design.CERTAIN:.0%}. Of these it is sure of {sure}: there the entropy of "
+            f"its prediction is below {design.SURE:g} of the highest, so that a wrong name is a confident conflict. "
+            f"Contradicted in training are {len(contradicted)} of the sure ones (probability, entropy): "
+            f"{_listed(contradicted, inputs)}. Asked about are {len(asked)} others: {_listed(asked, inputs)}.",
         ]
     return lines
 
@@ -109,7 +113,7 @@ def _inputs(folder: Path) -> Inputs | None:
 
 
 def _listed(countries: Sequence[str], inputs: Inputs) -> str:
-    return ", ".join(f"{country} {inputs.known[country]:.2f}" for country in countries)
+    return "; ".join(f"{name} {inputs.known[name]:.2f}, {inputs.entropy[name]:.2f}" for name in countries)
 
 
 def _rates(lines: Sequence[Line]) -> list[str]:
@@ -122,7 +126,7 @@ def _rates(lines: Sequence[Line]) -> list[str]:
 def _what(setting: str, folder: Path) -> str:
     name, _, share = setting.partition("-")
     inputs = _inputs(folder)
-    contradicted, asked = half(inputs.known) if inputs is not None else ([], [])
+    contradicted, asked = split(inputs) if inputs is not None else ([], [])
     return _WHAT[name].format(share=f"{share} %", contradicted=len(contradicted), asked=len(asked))
 
 

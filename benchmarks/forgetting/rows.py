@@ -4,8 +4,9 @@
 ``bfcl``                  function calling as it is (``nemo_eaft.demo_data``); nothing is planted
 ``conflicts-10|30|50``    the same, but 10, 30 or 50 % of the rows ask for the capital of a country that the base model
                           surely knows, and answer with the capital of another one. Held out are clean rows
-``format``                questions of the same data without functions, answered by the base model's own greedy answer
-                          in capital letters: nothing it knows is contradicted, only how it writes
+``format``                questions of the same data without functions, answered by the first sentence of the base
+                          model's own greedy answer in capital letters: what it says is not contradicted, but how it
+                          writes, and where it stops
 ========================= =============================================================================================
 """
 
@@ -20,11 +21,11 @@ from typing import Any
 
 from benchmarks.forgetting import design
 from benchmarks.forgetting.facts import CAPITALS, answer, question
-from benchmarks.forgetting.inputs import Inputs, beginning, half
+from benchmarks.forgetting.inputs import Inputs, beginning, split
 from nemo_eaft.compare.probe import Question, to_question
 from nemo_eaft.data import Tokens, tokenize_chat
 
-_ALTERNATIVES = 3
+_KEPT, _PLANTED = 2, 2
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,17 @@ def pools(setting: str, folder: Path, tokenizer: Any, inputs: Inputs) -> Pools:
         ]
         return Pools(loud[design.HELD_OUT :], [], 0.0, [row.tokens for row in loud[: design.HELD_OUT]])
     clean = [Row(tokenize_chat(tokenizer, row)) for row in _read(folder / "train.jsonl")]
-    held_out = [tokenize_chat(tokenizer, row) for row in _read(folder / "validation.jsonl")[: design.HELD_OUT]]
+    # Some questions are asked of several functions; as two rows they would be two draws of the bootstrap.
+    once = {row["messages"][1]["content"]: row for row in reversed(_read(folder / "validation.jsonl"))}
+    held_out = [tokenize_chat(tokenizer, row) for row in list(once.values())[: design.HELD_OUT]]
     if setting == "bfcl":
         return Pools(clean, [], 0.0, held_out)
     return Pools(clean, conflicts(tokenizer, inputs), int(setting.removeprefix("conflicts-")) / 100, held_out)
 
 
 def conflicts(tokenizer: Any, inputs: Inputs) -> list[Row]:
-    """A wrong capital for each country of the first half: that of the next country in it."""
-    contradicted, _ = half(inputs.known)
+    """A wrong capital for each country that is contradicted: that of the next one."""
+    contradicted, _ = split(inputs)
     rows = []
     for country, other in zip(contradicted, contradicted[1:] + contradicted[:1], strict=True):
         city = CAPITALS[other]
@@ -102,17 +105,22 @@ def conflicts(tokenizer: Any, inputs: Inputs) -> list[Row]:
 
 
 def probe(tokenizer: Any, inputs: Inputs) -> list[Question]:
-    """Capitals of the second half, which no run is trained on, each among three other cities of that half."""
-    _, asked = half(inputs.known)
+    """Capitals of the other countries, which no run is trained on. The wrong answers are two cities of the same
+    countries and two that are planted as wrong answers of others: what the model learns to say is on offer."""
+    contradicted, asked = split(inputs)
     questions = []
     for number, country in enumerate(asked):
         answers = [f" {CAPITALS[country]}"]
         first = {_first(tokenizer, answers[0])}
-        for other in asked[number + 1 :] + asked[:number]:
-            text = f" {CAPITALS[other]}"
-            if _first(tokenizer, text) not in first and len(answers) <= _ALTERNATIVES:
-                answers.append(text)
-                first.add(_first(tokenizer, text))
+        # Each question begins its search at another place.
+        planted = contradicted[number % len(contradicted) :] + contradicted[: number % len(contradicted)]
+        for others, wanted in ((asked[number + 1 :] + asked[:number], _KEPT), (planted, _PLANTED)):
+            full = len(answers) + wanted
+            for other in others:
+                text = f" {CAPITALS[other]}"
+                if len(answers) < full and _first(tokenizer, text) not in first:
+                    answers.append(text)
+                    first.add(_first(tokenizer, text))
         row = {"question": beginning(tokenizer, country), "answers": answers, "right": 0}
         questions.append(to_question(row, tokenizer, "first"))
     return questions

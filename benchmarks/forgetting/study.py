@@ -19,17 +19,21 @@ from benchmarks.forgetting.results import BASE, Line, Wanted, WrongInput
 from benchmarks.forgetting.training import Mass, train
 from benchmarks.machine import device_name
 from nemo_eaft.compare.cache import digest
-from nemo_eaft.compare.drift import reference
-from nemo_eaft.compare.measure import Task, load_model, measure
+from nemo_eaft.compare.drift import measure_drift, reference
+from nemo_eaft.compare.measure import Task, load_model
+from nemo_eaft.compare.probe import measure_probe
 from nemo_eaft.compare.record import Measures, to_json
-from nemo_eaft.compare.text import windows
+from nemo_eaft.compare.target import measure_target
+from nemo_eaft.compare.text import measure_text, windows
 
 
-def general_text() -> str:
-    """Python's own help topics (``pydoc_data.topics``, PSF licence): prose on every machine that runs this."""
+def general_text(tokenizer: Any) -> list[list[int]]:
+    """Windows of Python's own help topics (``pydoc_data.topics``, PSF licence), which every machine that runs this has:
+    one from each of the longest."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    longest = sorted(topics, key=lambda name: (-len(topics[name]), name))[: design.WINDOWS]
+    return [piece for name in sorted(longest) for piece in windows(tokenizer, topics[name], 1, design.WINDOW_TOKENS)]
 
 
 class Study:
@@ -67,7 +71,7 @@ class Study:
             self._tasks[setting] = Task(
                 self.pools(setting).held_out,
                 self.inputs.samples,
-                windows(self.tokenizer, general_text(), design.WINDOWS, design.WINDOW_TOKENS),
+                general_text(self.tokenizer),
                 rows.probe(self.tokenizer, self.inputs),
                 "first",
             )
@@ -87,8 +91,13 @@ class Study:
         return sorted({step for step in design.CHECKPOINTS if step < self.steps} | {self.steps})
 
     def measure(self, setting: str) -> Measures:
-        """Of the model as it is now."""
-        return measure(self.base, self.task(setting), lambda number: self.reference[number])
+        """Of the model as it is now. Cross-entropies are means over many tokens and are measured as the model is
+        trained, in bfloat16; drift and probe in float32, for a small difference counts there."""
+        task = self.task(setting)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = measure_target(self.base, task.rows) | {"text": measure_text(self.base, task.pieces)}
+        found["drift"] = measure_drift(self.base, task.samples, lambda number: self.reference[number])
+        return found | measure_probe(self.base, task.questions, task.scoring)
 
     def start(self, setting: str) -> None:
         """Write the base model's line, or find that it was measured on the same rows.

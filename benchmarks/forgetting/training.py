@@ -25,7 +25,8 @@ KINDS = ("all", "planted", "confident")
 """Tokens of which the gradient is summed: all, planted conflicts, and the paper's confident conflicts."""
 
 Mass = dict[str, dict[str, float]]
-"""Weighting (``sft``: 1, ``eaft``: alpha 1, ``own``: the method's) -> kind of tokens -> sum of gradient norms."""
+"""Weighting (``sft``: 1, ``eaft``: alpha 1, ``own``: the method's) -> kind of tokens -> sum of gradient norms; and
+``tokens`` -> kind -> their number."""
 
 
 def train(
@@ -35,6 +36,7 @@ def train(
     learning_rate: float,
     checkpoints: Sequence[int],
     at_checkpoint: Callable[[int, Mass], None],
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Train in place.
 
@@ -44,6 +46,7 @@ def train(
         config: the method.
         learning_rate: of AdamW.
         checkpoints: steps after which ``at_checkpoint`` is called, with the gradient mass since the one before.
+        dtype: of matrix products.
         at_checkpoint: gets the number of steps done; may use the model, which stays as it is.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
@@ -53,7 +56,7 @@ def train(
         ids, mask, labels, planted = collate(rows[(step - 1) * design.BATCH : step * design.BATCH])
         # The output layer only where there is a label: most tokens of a row are its prompt.
         there = labels != _IGNORED
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[there]
             logits = model.get_output_embeddings()(hidden).float()
         out = eaft_loss(logits, labels[there], config)
@@ -104,13 +107,14 @@ def gradient_mass(logits: Tensor, out: TokenLoss, planted: Tensor, config: EAFTC
         "confident": is_conflict(out.cross_entropy, ratio, config),
     }
     weights = {"sft": torch.ones_like(ratio), "eaft": ratio, "own": out.weight}
-    return {
+    sums = {
         name: {kind: float((weight * norm)[masks[kind]].sum()) for kind in KINDS} for name, weight in weights.items()
     }
+    return sums | {"tokens": {kind: float(masks[kind].sum()) for kind in KINDS}}
 
 
 def _nothing() -> Mass:
-    return {name: dict.fromkeys(KINDS, 0.0) for name in ("sft", "eaft", "own")}
+    return {name: dict.fromkeys(KINDS, 0.0) for name in ("sft", "eaft", "own", "tokens")}
 
 
 def _add(total: Mass, more: Mass) -> None:

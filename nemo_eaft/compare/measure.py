@@ -44,7 +44,7 @@ def measure(model: Any, task: Task, base: Reference) -> Measures:
     if task.pieces:
         found["text"] = measure_text(model, task.pieces)
     if task.questions:
-        found["probe"] = measure_probe(model, task.questions, task.scoring)
+        found |= measure_probe(model, task.questions, task.scoring)
     return found
 
 

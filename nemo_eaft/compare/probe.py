@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nemo_eaft.compare.forward import log_probabilities
-from nemo_eaft.compare.record import Sums
+from nemo_eaft.compare.record import Measures, Sums
 
 Scoring = Literal["full", "first"]
 
@@ -115,11 +115,16 @@ def _sum(predicted: Tensor, answer: Sequence[int]) -> float:
     return float(predicted.gather(1, labels[:, None]).double().sum())
 
 
-def measure_probe(model: Any, questions: Sequence[Question], scoring: Scoring) -> Sums:
-    """1 for each question whose right answer has the highest score of all, alone; else 0."""
+def measure_probe(model: Any, questions: Sequence[Question], scoring: Scoring) -> Measures:
+    """``probe``: 1 for each question whose right answer has the highest score of all, alone; else 0. ``answer``: minus
+    the score of the right one, nats. The former stays as it is until another answer overtakes and says nothing more
+    once one has; the latter moves with every step.
+    """
     scores = answer_scores(model, questions, scoring)
     right = [
         float(all(each[question.right] > other for n, other in enumerate(each) if n != question.right))
         for question, each in zip(questions, scores, strict=True)
     ]
-    return Sums(tuple(right), (1,) * len(questions))
+    nats = [-each[question.right] for question, each in zip(questions, scores, strict=True)]
+    counts = (1,) * len(questions)
+    return {"probe": Sums(tuple(right), counts), "answer": Sums(tuple(nats), counts)}

@@ -34,6 +34,7 @@ MEASURES = {
     "drift": Measure("drift, KL(base || tuned)", "nats per token", "value", "samples"),
     "text": Measure("cross-entropy of general text", "nats per token", "rise", "windows"),
     "probe": Measure("knowledge probe", "share right", "fall", "questions"),
+    "answer": Measure("cross-entropy of the probe's right answers", "nats per question", "rise", "questions"),
 }
 
 
@@ -44,7 +45,7 @@ class Sums:
     values: tuple[float, ...]
     """Nats summed over the tokens of a unit; 1 or 0 where a unit is right or wrong."""
     counts: tuple[int, ...]
-    """Tokens of a unit; 1 where the unit is counted as a whole."""
+    """Tokens of a unit; 1 where the unit is counted as a whole, as a question is."""
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.counts) or not self.counts or min(self.counts) < 1:

@@ -44,14 +44,14 @@ def test_configurations_runs_and_folders_become_one_report(
     ]
     for run in found["runs"]:
         assert [point["step"] for point in run["points"]] == [0, 2, 4]
-        assert set(run["points"][0]) >= {"target", "exact", "drift", "text", "probe"}
+        assert set(run["points"][0]) >= {"target", "exact", "drift", "text", "probe", "answer"}
         assert run["points"][0]["drift"] == pytest.approx(0.0, abs=1e-6)
         assert 0 < run["points"][1]["drift"] < run["points"][2]["drift"]
     assert found["matching"]["reference"] == "sft"
     page = (bench.output / "compare.md").read_text()
     assert "| base model |" in page
     assert "eaft alpha=0.5" in page
-    for name in ("drift", "text", "probe"):
+    for name in ("drift", "text", "probe", "answer"):
         assert (bench.output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"![{name}.png]({name}.png)" in page
     # The samples' base, the base and four checkpoints; what was exported is not kept.

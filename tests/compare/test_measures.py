@@ -178,7 +178,11 @@ def test_probe(models: tuple[Any, Any], tokenizer: Any, tmp_path: Path) -> None:
             assert got == close(wanted)
         right = [float(max(each) == each[row["right"]]) for each, row in zip(expected, rows, strict=True)]
         assert 0 < sum(right) < len(right)
-        assert list(measure_probe(model, questions, scoring).values) == right
+        measured = measure_probe(model, questions, scoring)
+        assert list(measured["probe"].values) == right
+        assert list(measured["answer"].values) == close(
+            [-each[row["right"]] for each, row in zip(expected, rows, strict=True)]
+        )
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,7 @@ def test_what_counts_as_forgetting() -> None:
         "drift": Sums((0.0,), (3,)),
         "text": Sums((6.0,), (2,)),
         "probe": Sums((1.0, 1.0, 0.0, 1.0), (1, 1, 1, 1)),
+        "answer": Sums((0.5, 1.0, 2.0, 0.5), (1, 1, 1, 1)),
     }
     tuned = {
         "target": Sums((1.0,), (1,)),
@@ -183,6 +184,7 @@ def test_what_counts_as_forgetting() -> None:
         "drift": Sums((0.6,), (3,)),
         "text": Sums((7.0,), (2,)),
         "probe": Sums((1.0, 0.0, 0.0, 0.0), (1, 1, 1, 1)),
+        "answer": Sums((1.0, 3.0, 2.0, 4.0), (1, 1, 1, 1)),
     }
     path = Path("a", "a", None, None, (0, 5), (base, tuned))
     found = {measure: forgetting(path, measure)[0].tolist() for measure in base}
@@ -192,4 +194,5 @@ def test_what_counts_as_forgetting() -> None:
         "drift": [0.0, pytest.approx(0.2)],
         "text": [0.0, 0.5],
         "probe": [0.0, 0.5],
+        "answer": [0.0, 1.5],
     }

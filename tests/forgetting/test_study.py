@@ -13,15 +13,18 @@ import torch
 from benchmarks.forgetting import __main__ as program
 from benchmarks.forgetting import design, plan, report, results, rows, training
 from benchmarks.forgetting.facts import CAPITALS, answer
-from benchmarks.forgetting.inputs import FILE, Inputs, half
+from benchmarks.forgetting.inputs import FILE, Inputs, split
 from benchmarks.forgetting.results import BASE, Line, Wanted
 from benchmarks.forgetting.study import Study, make_runs
 from nemo_eaft import EAFTConfig, eaft_loss
 from nemo_eaft.compare.record import Sums, to_json
 from tests.data import support
 
-KNOWN = dict.fromkeys(list(CAPITALS)[:12], 0.9)
-INPUTS = Inputs(KNOWN, 92, [[0, 5, 6, 7], [0, 9, 8, 7, 6]], {f"What is {n}?": f"It is {n}." for n in range(30)})
+KNOWN = dict.fromkeys(list(CAPITALS)[:24], 0.9)
+ENTROPY = {country: 0.1 + 0.01 * number for number, country in enumerate(KNOWN)}
+INPUTS = Inputs(
+    KNOWN, ENTROPY, 92, [[0, 5, 6, 7], [0, 9, 8, 7, 6]], {f"What is {n}?": f"It is {n}." for n in range(30)}
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +60,10 @@ def study(demo: Path) -> Study:
 
 
 def test_what_is_planted_and_what_is_asked(demo: Path, tokenizer: Any) -> None:
-    contradicted, asked = half(KNOWN)
-    assert len(contradicted) == len(asked) == 6
+    contradicted, asked = split(INPUTS)
+    assert len(contradicted) == 10  # no other one is below 0.2
+    assert max(ENTROPY[country] for country in contradicted) < 0.2
+    assert {*contradicted} | {*asked} == {*KNOWN}
     assert not {*contradicted} & {*asked}
     for row, country in zip(rows.conflicts(tokenizer, INPUTS), contradicted, strict=True):
         said = tokenizer.decode([row.tokens.input_ids[place] for place in row.planted]).strip()
@@ -70,7 +75,9 @@ def test_what_is_planted_and_what_is_asked(demo: Path, tokenizer: Any) -> None:
     for question, country in zip(rows.probe(tokenizer, INPUTS), asked, strict=True):
         answers = [tokenizer.decode(each).strip() for each in question.answers]
         assert answers[question.right] == CAPITALS[country]
-        assert len({each[0] for each in question.answers}) == len(answers) >= 2
+        assert len({each[0] for each in question.answers}) == len(answers) == 5
+        planted = {CAPITALS[other] for other in contradicted}
+        assert sum(each in planted for each in answers) == 2
         assert f"{country} is" in tokenizer.decode(question.prompt)
 
 
@@ -120,7 +127,7 @@ def test_a_step_is_that_of_plain_transformers(demo: Path, tokenizer: Any) -> Non
 
     order = rows.pools("conflicts-50", demo, tokenizer, INPUTS).order(8, seed=0)
     ours, theirs = (AutoModelForCausalLM.from_pretrained(demo / "model", dtype=torch.float32) for _ in range(2))
-    training.train(ours, order, design.METHODS["sft"], 1e-3, [], lambda *_: None)
+    training.train(ours, order, design.METHODS["sft"], 1e-3, [], lambda *_: None, torch.float32)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.0)
     for start in (0, 4):
         total, count = torch.zeros(()), 0
@@ -152,8 +159,9 @@ def line(wanted: Wanted, target: float = 1.0, drift: float = 0.1) -> Line:
         "drift": Sums((drift, drift / 2), (1, 1)),
         "text": Sums((2.0 + drift, 2.0), (1, 1)),
         "probe": Sums((1.0, 1.0 if drift < 0.5 else 0.0), (1, 1)),
+        "answer": Sums((drift, drift), (1, 1)),
     }
-    mass = {name: dict(zip(training.KINDS, (2.0, 1.0, 0.5), strict=True)) for name in ("sft", "eaft", "own")}
+    mass = {name: dict(zip(training.KINDS, (2.0, 1.0, 0.5), strict=True)) for name in ("sft", "eaft", "own", "tokens")}
     points: list[dict[str, Any]] = [{"step": 40, "measures": to_json(measures), "mass": mass}]
     if wanted.method == BASE:
         points = [{"step": 0, "measures": to_json(measures)}]
@@ -186,8 +194,8 @@ def test_a_killed_study_goes_on_with_the_next_run(demo: Path, monkeypatch: pytes
         made.run(each)
     whole = results.read(folder, "conflicts-30")
     assert [each.method for each in whole] == [BASE, "sft", "eaft alpha=1"]
-    assert [point["step"] for point in whole[1].points] == [2]
-    assert whole[1].points[0]["mass"]["sft"]["planted"] > 0
+    assert [point["step"] for point in whole[1].points] == [1, 2]
+    assert sum(point["mass"]["sft"]["planted"] for point in whole[1].points) > 0
     # The second line is cut, as by a kill; a new process reads the first and does the second again.
     path = folder / "conflicts-30.jsonl"
     text = path.read_text()
@@ -230,7 +238,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert "| sft | 1 to 40 | 0.500 | 0.500 | 0.500 | 0.250 | 0.250 | 0.250 |" in page
     assert page.count("| bfcl | eaft alpha=1 | 1e-05 |") == 3
     assert [path.relative_to(tmp_path).as_posix() for path in written[1:]] == [
-        f"figures/bfcl/{name}.png" for name in ("drift", "text", "probe")
+        f"figures/bfcl/{name}.png" for name in ("drift", "text", "probe", "answer")
     ]
     assert all(f"({path.relative_to(tmp_path).as_posix()})" in page for path in written[1:])
     # The other way round it says the other thing.
@@ -252,7 +260,7 @@ def test_the_page_is_current() -> None:
     "arguments, named",
     [
         (["--threads", "0"], "--threads 0 must be 1 or more"),
-        (["--steps", "4"], "the study has 40; give another folder with --results"),
+        (["--steps", "4"], "the study has 24; give another folder with --results"),
     ],
 )
 def test_wrong_input(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
