@@ -248,7 +248,9 @@ def test_shell_scripts_pass_shellcheck() -> None:
 
 # --- README ---
 
-# Every command that the README shows, and the test or program that runs it.
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+# Every command that the README or a page of docs/ shows, and the test or program that runs it.
 EXERCISED = {
     "make demo": "Makefile:demo",
     "make test": ".ci/run:make test",
@@ -263,7 +265,10 @@ EXERCISED = {
     "nemo-eaft analyze": 'tests/nemo/test_analyze.py:"analyze"',
     "nemo-eaft compare": 'tests/compare/test_command.py:"compare"',
     "nemo-eaft export": 'tests/test_cli_export.py:"export"',
+    "torchrun --nproc-per-node 2 examples/nemo_script.py": "tests/nemo/test_tutorial.py:examples/nemo_script.py",
+    "torchrun --nproc-per-node 8 examples/nemo_script.py": "tests/nemo/test_tutorial.py:examples/nemo_script.py",
     "torchrun": "tests/test_packaging.py:nemo_eaft.train",
+    "lm_eval run": "tests/nemo/test_evaluate.py:lm_eval",
     "pip install": "tests/test_packaging.py:def installed",
 }
 
@@ -284,21 +289,22 @@ def test_readme_opens_with_the_two_commands() -> None:
     assert readme_commands((ROOT / "README.md").read_text())[:2] == ["make demo", "make test"]
 
 
-def test_readme_shows_only_commands_that_are_run() -> None:
-    for command in readme_commands((ROOT / "README.md").read_text()):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_shows_only_commands_that_are_run(page: Path) -> None:
+    for command in readme_commands(page.read_text()):
         keys = [key for key in EXERCISED if command == key or command.startswith(key + " ")]
-        assert keys, f"README shows {command!r}, which nothing runs"
+        assert keys, f"{page.name} shows {command!r}, which nothing runs"
         file, needle = EXERCISED[keys[0]].split(":", 1)
         assert needle in (ROOT / file).read_text(), f"{file} no longer covers {command!r}"
         for option in re.findall(r"\bexamples/\S+", command):
-            assert (ROOT / option).exists(), f"README names {option}, which does not exist"
+            assert (ROOT / option).exists(), f"{page.name} names {option}, which does not exist"
 
 
-def test_readme_names_configurations_that_exist() -> None:
+def test_pages_name_configurations_that_exist() -> None:
     from nemo_eaft.compose import compose, shipped
 
     checked = 0
-    for command in readme_commands((ROOT / "README.md").read_text()):
+    for command in (command for page in PAGES for command in readme_commands(page.read_text())):
         found = re.match(
             r"(?:nemo-eaft (?:train|import)|sbatch \S+|torchrun .*-m nemo_eaft\.train|examples/torchrun\.sh) (\S+)(.*)",
             command,
@@ -306,14 +312,14 @@ def test_readme_names_configurations_that_exist() -> None:
         if not found:
             continue
         conf, words = found[1], found[2].split()
-        assert conf in shipped(), f"README uses {conf}, which conf/ does not hold"
+        assert conf in shipped(), f"{conf} is used, which conf/ does not hold"
         if "import" in command and not any(word.startswith("data.train=") for word in words):
             words.append("data.train=rows.jsonl")
         if "sbatch" in command or "torchrun.sh" in command:
             words += ["trainer.num_nodes=2", "trainer.gpus_per_node=8"]
         compose(conf, words)
         checked += 1
-    assert checked >= 2
+    assert checked >= 4
 
 
 def test_readme_commands_are_found_in_a_text() -> None:
