@@ -79,7 +79,9 @@ def _make_ready(settings: Settings, weights: Path | None) -> Ready:
 
 def _rank(settings: Settings, weights: Path | None, rank: int, ranks: int) -> int:
     from nemo_eaft import stop
+    from nemo_eaft.orphans import end_with_agent
 
+    end_with_agent()
     stop.listen()
     run_dir = Path(settings.run.dir)
     try:
