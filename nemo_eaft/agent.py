@@ -10,12 +10,12 @@ import json
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from nemo_eaft.orphans import AGENT, end_with_parent
 
 _CONSEQUENCES = (signal.SIGABRT, signal.SIGTERM)
 """Signals that a rank may also get because of another one: NCCL's watchdog aborts, and the agent terminates."""
@@ -87,7 +87,9 @@ def main(argv: list[str]) -> int:
 
     report, *words = argv
     arguments: Any = run.parse_args(words)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # A launcher that was killed leaves no ranks behind: torchrun ends its own when it gets SIGTERM.
+    end_with_parent(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    os.environ[AGENT] = str(os.getpid())
     try:
         run.run(arguments)
     except ChildFailedError as error:
@@ -98,13 +100,6 @@ def main(argv: list[str]) -> int:
             Path(report).write_text(json.dumps(asdict(killed)), encoding="utf-8")
         return 1
     return 0
-
-
-def _end_with(parent: int) -> None:
-    """A launcher that was killed leaves no ranks behind: torchrun ends its own when it gets SIGTERM."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _name(number: int) -> str:

@@ -193,9 +193,11 @@ def _train(arguments: argparse.Namespace) -> int:
         if code == 0:
             _say_where(Path(settings.run.dir))
         return code
+    from nemo_eaft.orphans import end_with_agent
     from nemo_eaft.restart import check_store, name_this_start
 
     rank, ranks = place
+    end_with_agent()
     stop.listen()
     # As torchrun's own `record` does: a rank that a fault of memory ends prints where it was.
     faulthandler.enable(sys.__stderr__ or sys.stderr)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import threading
-import time
 from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from typing import Any
+
+from nemo_eaft.orphans import end_with_parent
 
 
 def end_writer_with_rank() -> None:
@@ -37,7 +37,6 @@ def ending_with_parent(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        # Not getppid(): whoever started this process may be gone before its first instruction.
         parent = multiprocessing.parent_process()
         assert parent is not None, "not a process of multiprocessing"
         assert parent.pid is not None
@@ -60,10 +59,4 @@ def _write_results_queue() -> Any:
 
 
 def _end_with(parent: int) -> None:
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(0)
+    end_with_parent(parent, lambda: os._exit(0))

@@ -195,7 +195,9 @@ RANK = """
     from pathlib import Path
     from nemo_eaft.launch import LAUNCHER, launched, check_world, write_error
     from nemo_eaft.compose import from_mapping
+    from nemo_eaft.orphans import end_with_agent
 
+    end_with_agent()
     rank, ranks = launched()
     run_dir, *words = sys.argv[1:]
     Path(run_dir).mkdir(exist_ok=True)
@@ -318,6 +320,20 @@ def test_a_launcher_asks_for_a_stop_first_and_ends_its_ranks_when_told_again(
 @pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_no_ranks(launcher: subprocess.Popen[bytes]) -> None:
     launcher.kill()
+    launcher.wait()
+
+
+@pytest.mark.slow
+def test_a_launcher_and_agent_that_are_killed_at_once_leave_no_ranks(
+    launcher: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    """As by SIGKILL to their process group, of which torchrun's ranks are no part."""
+    group = os.getpgid(launcher.pid)
+    of_the_run = _processes_with(str(tmp_path / "run"))
+    assert len(of_the_run) == 3, "agent and two ranks"
+    (agent,) = (pid for pid in of_the_run if os.getpgid(pid) == group)
+    for pid in (agent, launcher.pid):
+        os.kill(pid, signal.SIGKILL)
     launcher.wait()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from typing import Any
 from nemo_eaft.analyze import state as states
 from nemo_eaft.analyze.tally import Tally
 from nemo_eaft.data import read_prepared
+from nemo_eaft.progress import format_duration
 from nemo_eaft.ready import Ready
 from nemo_eaft.settings import Settings
+
+_SAY_EVERY = 60.0
+"""Seconds between lines where nobody watches a terminal: in a file a bar is there only when it has ended."""
 
 
 class _Stop(Exception):
@@ -70,7 +75,7 @@ def analyze(settings: Settings, ready: Ready) -> bool:
 
 
 class _Progress:
-    """Adds up the tallies of all ranks, writes the state, moves the bar, and looks for a request to stop."""
+    """Adds up the tallies of all ranks, writes the state, says how far it is, and looks for a request to stop."""
 
     def __init__(self, settings: Settings, state: states.State, rows: int) -> None:
         self._settings, self._state, self._rows = settings, state, rows
@@ -78,6 +83,7 @@ class _Progress:
         self._start = state.rows_done
         self._bar: Any = None
         self._task: Any = None
+        self._said: float | None = None
 
     def begin(self) -> None:
         """The model is there: from now on it is timed."""
@@ -112,20 +118,30 @@ class _Progress:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        now = time.perf_counter()
+        seconds, rows = now - self._started, self._state.rows_done - self._start
+        rate = f"{(self._state.tally.read - self._first) / seconds:.0f} tokens/s"
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            if self._said is None or now - self._said >= _SAY_EVERY:
+                left = format_duration(seconds / rows * (self._rows - self._state.rows_done))
+                done = f"{self._state.rows_done} of {self._rows} rows"
+                print(f"analyze: {done}, {rate}, {left} left", file=sys.stderr, flush=True)
+                self._said = now
+            return
         if self._bar is None:
             columns = ("analyze", BarColumn(), MofNCompleteColumn(), "rows", TextColumn("{task.fields[rate]}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
             self._task = self._bar.add_task("", total=self._rows, completed=self._start, rate="")
             self._bar.start()
-        seconds = time.perf_counter() - self._started
-        rate = f"{(self._state.tally.read - self._first) / seconds:.0f} tokens/s"
         self._bar.update(self._task, completed=self._state.rows_done, rate=rate)
 
     def close(self) -> None:
         """Leave the bar as it is, and say how fast it went."""
-        if self._bar is None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._said is None:
             return
-        self._bar.stop()
         seconds, read = time.perf_counter() - self._started, self._state.tally.read - self._first
         rows, rate = self._state.rows_done - self._start, read / seconds
         print(f"analyze: {rows} rows, {read} tokens in {seconds:.1f} s: {rate:.0f} tokens/s", flush=True)

@@ -53,11 +53,12 @@ def levels_table(matching: Matching) -> list[str]:
         f"({matching.seeds[method]})"
         for method, rates in matching.learning_rates.items()
     )
+    head = ("method", "measure", "part of the way", "target cross-entropy", matching.reference, "method", "difference")
     lines = [
         f"Against {matching.reference}; differences are method minus {matching.reference}, in brackets 95 % of "
         f"{matching.draws} bootstrap draws. Learning rates that take part, and seeds for each: {rates}.",
         "",
-        f"| method | measure | part of the way | target cross-entropy | {matching.reference} | method | difference |",
+        _row(*head),
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for each in matching.matches:
@@ -68,36 +69,47 @@ def levels_table(matching: Matching) -> list[str]:
 def _levels(match: Match) -> list[str]:
     name = _name(match.measure)
     if match.span is None or match.mean_difference is None:
-        return [f"| {match.method} | {name} | no overlap | | | | |"]
+        return [_row(match.method, name, "no overlap", "", "", "", "")]
     lines = [
-        f"| {match.method} | {name} | {level.part:.0%} | {level.target:.3f} | {level.reference:.4f} | "
-        f"{level.value:.4f} | {_interval(level.difference)} |"
+        _row(
+            match.method,
+            name,
+            f"{level.part:.0%}",
+            f"{level.target:.3f}",
+            f"{level.reference:.4f}",
+            f"{level.value:.4f}",
+            _interval(level.difference),
+        )
         for level in match.levels
     ]
     span = f"{match.span[0]:.3f} to {match.span[1]:.3f}"
-    lines.append(f"| {match.method} | {name} | mean | {span} | | | {_interval(match.mean_difference)} |")
+    lines.append(_row(match.method, name, "mean", span, "", "", _interval(match.mean_difference)))
     return lines
 
 
 def _points(paths: Sequence[Path]) -> list[str]:
     measures = list(paths[0].points[0])
     lines = [
-        "| run | method | learning rate | seed | step | "
-        + " | ".join(MEASURES[name].title for name in measures)
-        + " |",
+        _row("run", "method", "learning rate", "seed", "step", *(MEASURES[name].title for name in measures)),
         "| --- " * (5 + len(measures)) + "|",
     ]
     base = paths[0].points[0]
-    lines.append("| base model | | | | 0 | " + " | ".join(f"{base[name].mean:.4f}" for name in measures) + " |")
+    lines.append(_row("base model", "", "", "", "0", *(f"{base[name].mean:.4f}" for name in measures)))
     for path in paths:
         rate = "" if path.learning_rate is None else f"{path.learning_rate:g}"
         seed = "" if path.seed is None else str(path.seed)
         for step, point in zip(path.steps[1:], path.points[1:], strict=True):
-            cells = " | ".join(f"{point[name].mean:.4f}" for name in measures)
+            cells = (f"{point[name].mean:.4f}" for name in measures)
             # A folder of weights does not say after how many steps it was exported.
-            done = "" if path.seed is None else step
-            lines.append(f"| {path.name} | {path.method} | {rate} | {seed} | {done} | {cells} |")
+            done = "" if path.seed is None else str(step)
+            lines.append(_row(path.name, path.method, rate, seed, done, *cells))
     return lines
+
+
+def _row(*cells: str) -> str:
+    """A line of a table. A bar in a cell, as KL(base || tuned) has two, would begin another cell."""
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in escaped) + "|"
 
 
 def _name(measure: str) -> str:

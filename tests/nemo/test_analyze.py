@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,11 @@ def test_from_the_shell(bench: Bench, one: State, tmp_path: Path, capfd: pytest.
         assert said in capfd.readouterr().err
         assert not (tmp_path / "run").exists()
     assert cli.main(words) == 0
-    assert "advice: " in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "advice: " in said.out
+    # No terminal: a line at once, and then every minute.
+    (line,) = (line for line in said.err.splitlines() if line.startswith("analyze: "))
+    assert re.fullmatch(rf"analyze: {2 * collect.EVERY} of {ROWS} rows, \d+ tokens/s, \d+s left", line)
     first = (tmp_path / "run" / "analysis.json").read_bytes()
     found = json.loads(first)
     assert found["mean"]["cross_entropy"] == one.tally.sums[0] / one.tally.tokens

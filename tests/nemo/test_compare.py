@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from nemo_eaft import cli, compose, convert
+from nemo_eaft import cli, compose, convert, launch
 from nemo_eaft.checkpoints import checkpoints_in
-from nemo_eaft.ready import CONFIG
-from tests.nemo import jobs, reference
+from nemo_eaft.recorder import read
+from nemo_eaft.settings import Settings
+from tests.nemo import comparing, jobs, models, reference
 from tests.nemo.conftest import Workshop
 from tests.nemo.ranks import run_ranks
 
@@ -23,19 +25,45 @@ def exported_in_a_warm_process(arguments: list[str], backend: str | None = None)
     run_ranks(jobs.to_hf, 1, *map(Path, arguments[1:]))
 
 
-def test_trained_runs_are_measured_as_exported(
+def configuration(workshop: Workshop, folder: Path, name: str, gate: str) -> str:
+    """A file for a run of four steps that keeps two checkpoints if all are kept."""
+    trainer = {"max_steps": 4, "save_every": 2, "learning_rate": 3e-3}
+    settings = models.run_settings(
+        workshop.hf("llama"), workshop.rows, folder / "runs" / name, trainer=trainer, loss={"gate": gate}
+    )
+    model = dataclasses.replace(settings.model, imported=str(workshop.nemo("llama")))
+    compose.save(dataclasses.replace(settings, model=model), folder / f"{name}.yaml")
+    return str(folder / f"{name}.yaml")
+
+
+def test_configurations_are_trained_and_measured_as_exported(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The second training is killed; the same command goes on with it, and the figures are those of `transformers`."""
+    dies_in: dict[str, int] = {}
+    started: list[str] = []
+
+    def start_warm(settings: Settings, words: list[str], module: str = "nemo_eaft.train") -> int:
+        name = Path(settings.run.dir).name
+        started.append(name)
+        step = dies_in.pop(name, None)
+        ended = run_ranks(comparing.run_rank, 1, words, launch.PROCESS, step, dies=step is not None)
+        return ended[0] if ended else 1
+
+    monkeypatch.setattr(launch, "run_local", start_warm)
     monkeypatch.setattr(convert, "run_in_own_process", exported_in_a_warm_process)
-    trainer = {"max_steps": 4, "save_every": 2, "keep_checkpoints": -1, "learning_rate": 3e-3}
-    folders = []
-    for name, gate in (("compare-sft", "none"), ("compare-eaft", "eaft")):
-        run = workshop.train(name, plan={"save": True}, trainer=trainer, loss={"gate": gate})
-        compose.save(run.settings, run.dir / CONFIG)
-        folders.append(run.dir)
+    files = [configuration(workshop, tmp_path, name, gate) for name, gate in (("sft", "none"), ("eaft", "eaft"))]
+    folders = [tmp_path / "runs" / name for name in ("sft", "eaft")]
     output = tmp_path / "output"
-    words = ["compare", *map(str, folders), "--output", str(output), "--samples", "4", "--sample-tokens", "12"]
-    assert cli.main([*words, "--keep-exports", "--device", "cpu"]) == 0
+    words = ["compare", *files, "trainer.keep_checkpoints=-1", "--output", str(output)]
+    words += ["--samples", "4", "--sample-tokens", "12", "--device", "cpu"]
+    dies_in["eaft"] = 4
+    assert cli.main(words) == 1
+    assert not output.exists()
+    assert cli.main([*words, "--keep-exports"]) == 0
+    assert started == ["sft", "eaft", "eaft"], "what is finished is not trained again"
+    assert [row["step"] for row in read(folders[1] / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in read(folders[1] / "metrics.1.jsonl")] == [3], "it went on from its checkpoint"
     found = json.loads((output / "compare.json").read_text())
     assert [run["method"] for run in found["runs"]] == ["sft", "eaft alpha=1"]
 
@@ -58,7 +86,8 @@ def test_trained_runs_are_measured_as_exported(
 
     shutil.rmtree(output / "exported")
     monkeypatch.setattr(convert, "run_in_own_process", lambda *_: pytest.fail("it was measured before"))
-    assert cli.main([*words, "--device", "cpu"]) == 0
+    assert cli.main(words) == 0
+    assert len(started) == 3
 
 
 def cross_entropy(workshop: Workshop, folder: Path) -> float:

@@ -1,0 +1,36 @@
+"""Processes that end when the one that started them does, however that happened."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+AGENT = "NEMO_EAFT_AGENT"
+"""Environment variable: the process that started this rank, a `nemo_eaft.agent`."""
+
+
+def end_with_parent(parent: int, end: Callable[[], object]) -> None:
+    """Look every second whether `parent` is still the parent of this process, and call `end`, in a thread, when not.
+
+    The number is given, not asked for: the parent may be gone before the first instruction of this process.
+    """
+    threading.Thread(target=_watch, args=(parent, end), daemon=True).start()
+
+
+def end_with_agent() -> None:
+    """In a rank that the launcher's agent started: end at once when the agent is gone.
+
+    torchrun gives each rank a session of its own, so a SIGKILL to the process group of launcher and agent reaches no
+    rank. It would train on beside those of the next start, in the same `run.dir`.
+    """
+    agent = os.environ.get(AGENT)
+    if agent is not None:
+        end_with_parent(int(agent), lambda: os._exit(1))
+
+
+def _watch(parent: int, end: Callable[[], object]) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    end()
