@@ -146,73 +146,84 @@ def match(paths: Sequence[Path], reference: str, draws: int = DRAWS, seed: int =
     taking_part = _most_seeds(paths)
     generator = np.random.default_rng(seed)
     weights = _weights(paths[0], draws, generator)
-    quality = {path.name: _means(path, QUALITY, weights) for path in paths}
     counts = {method: len(next(iter(curve.values()))) for method, curve in taking_part.items()}
     seed_weights = _seeds(counts, draws, generator)
 
-    matches = []
-    for measure in paths[0].points[0]:
-        if measure == QUALITY:
-            continue
-        values = {path.name: forgetting(path, measure, weights) for path in paths}
-        curves: dict[str, Curve] = {
-            method: {
-                rate: [
-                    Course(quality[run.name], values[run.name], weight)
-                    for run, weight in zip(runs, seed_weights[counts[method]].T, strict=True)
-                ]
-                for rate, runs in rates.items()
-            }
-            for method, rates in taking_part.items()
+    # All measures at once, for they share the levels: [measures, draws + 1, points].
+    measures = [measure for measure in paths[0].points[0] if measure != QUALITY]
+    curves: dict[str, Curve] = {
+        method: {
+            rate: [
+                Course(
+                    _means(run, QUALITY, weights)[None],
+                    np.stack([forgetting(run, measure, weights) for measure in measures]),
+                    weight[None],
+                )
+                for run, weight in zip(runs, seed_weights[counts[method]].T, strict=True)
+            ]
+            for rate, runs in rates.items()
         }
-        theirs = curves.pop(reference)
-        matches += [_match(measure, method, mine, reference, theirs) for method, mine in curves.items()]
+        for method, rates in taking_part.items()
+    }
+    pairs = [
+        _match(measures, method, curve, reference, curves[reference])
+        for method, curve in curves.items()
+        if measures and method != reference
+    ]
     return Matching(
         reference,
-        tuple(matches),
+        tuple(match for of_measure in zip(*pairs, strict=True) for match in of_measure),
         {method: tuple(curve) for method, curve in taking_part.items()},
         counts,
         draws,
     )
 
 
-def _match(measure: str, method: str, mine: Curve, reference: str, theirs: Curve) -> Match:
-    """The first line of every array is what was measured, the others are draws."""
+def _match(measures: Sequence[str], method: str, mine: Curve, reference: str, theirs: Curve) -> list[Match]:
+    """Of [..., draws + 1, ...] the first is what was measured, the others are draws."""
     lowest, highest = common_range(mine, theirs)
-    if np.isnan(lowest[0]):
-        return Match(measure, method, (), None, None, _why_not(method, mine, reference, theirs))
-    parts = PARTS if lowest[0] < highest[0] else PARTS[-1:]
+    if np.isnan(lowest[0, 0]):
+        reason = _why_not(method, mine, reference, theirs)
+        return [Match(measure, method, (), None, None, reason) for measure in measures]
+    parts = PARTS if lowest[0, 0] < highest[0, 0] else PARTS[-1:]
     levels = levels_in(lowest, highest, parts)
     values, others = curve_at(mine, levels), curve_at(theirs, levels)
-    found = tuple(
-        Level(
-            part,
-            float(levels[0, number]),
-            float(values.value[0, number]),
-            float(others.value[0, number]),
-            _interval(
-                values.value[:, number] - others.value[:, number], values.margin[:, number] + others.margin[:, number]
+    areas = mean_difference(mine, theirs)
+    return [
+        Match(
+            measure,
+            method,
+            tuple(
+                Level(
+                    part,
+                    float(levels[0, 0, number]),
+                    float(values.value[place, 0, number]),
+                    float(others.value[place, 0, number]),
+                    _interval(
+                        values.value[place, :, number] - others.value[place, :, number],
+                        values.margin[place, :, number] + others.margin[place, :, number],
+                    ),
+                )
+                for number, part in enumerate(parts)
             ),
+            _interval(areas.value[place], areas.margin[place]),
+            (float(lowest[0, 0]), float(highest[0, 0])),
         )
-        for number, part in enumerate(parts)
-    )
-    area = _interval(*mean_difference(mine, theirs))
-    return Match(measure, method, found, area, (float(lowest[0]), float(highest[0])))
+        for place, measure in enumerate(measures)
+    ]
 
 
 def _why_not(method: str, mine: Curve, reference: str, theirs: Curve) -> str:
-    for name, curve in ((method, mine), (reference, theirs)):
-        base = next(iter(curve.values()))[0].quality[0, 0]
-        if reach(curve)[0] >= base:
+    curves = {method: mine, reference: theirs}
+    reached = {name: float(reach(curve)[0, 0]) for name, curve in curves.items()}
+    for name, curve in curves.items():
+        if reached[name] >= next(iter(curve.values()))[0].quality[0, 0, 0]:
             return f"{name} never got below the base model's target cross-entropy with every seed"
-    (far, quick), (near, slow) = sorted(
-        ((name, curve) for name, curve in ((method, mine), (reference, theirs))), key=lambda each: begin(each[1])[0]
-    )
-    begins = float(begin(quick)[0])
-    last, whose = max((float(reach(slow)[0]), near), (float(reach(quick)[0]), far))
+    begins = {name: float(begin(curve)[0, 0]) for name, curve in curves.items()}
+    far, near = min(begins, key=lambda name: begins[name]), max(reached, key=lambda name: reached[name])
     return (
-        f"{far} is at {begins:.3f} nats at the first checkpoint of a run, farther than what {whose} reaches with every "
-        f"seed, {last:.3f}; checkpoints closer together at the beginning are needed (trainer.save_every)"
+        f"{far} is at {begins[far]:.3f} nats at the first checkpoint of a run, farther than what {near} reaches with "
+        f"every seed, {reached[near]:.3f}; checkpoints closer together at the beginning are needed (trainer.save_every)"
     )
 
 

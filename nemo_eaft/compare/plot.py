@@ -11,7 +11,7 @@ import numpy as np
 from nemo_eaft.atomic import replacing
 from nemo_eaft.compare.matching import Matching, forgetting
 from nemo_eaft.compare.record import MEASURES, QUALITY, Path
-from nemo_eaft.compare.statistics import Course, curve_at, reach
+from nemo_eaft.compare.statistics import Course, begin, curve_at, reach
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def write_figures(paths: Sequence[Path], matching: Matching, folder: File, title
     """One picture for each measure of forgetting, ``<measure>.png`` in ``folder``; 8 x 5 inch at 120 dots per inch.
 
     Marks are checkpoints (pale at learning rates that do not take part), thin lines runs, and a thick line is the
-    method's curve of :mod:`nemo_eaft.compare.statistics`.
+    method's curve of :mod:`nemo_eaft.compare.statistics`, from where every run of it has a trained checkpoint.
     """
     written = []
     for measure in paths[0].points[0]:
@@ -62,11 +62,12 @@ def draw(paths: Sequence[Path], matching: Matching, measure: str, title: str) ->
         curve: dict[float | None, list[Course]] = {}
         for path in (path for path in paths if path.method == method):
             course = Course(forgetting(path, QUALITY)[0], forgetting(path, measure)[0])
-            axes.plot(*course, color=colour, linewidth=0.6, alpha=0.35)
+            axes.plot(course.quality, course.other, color=colour, linewidth=0.6, alpha=0.35)
             takes_part = path.learning_rate in matching.learning_rates[method]
             # Over the thick line, which goes through them where there is one seed.
             axes.plot(
-                *course,
+                course.quality,
+                course.other,
                 linestyle="none",
                 marker=mark,
                 markersize=6,
@@ -78,10 +79,10 @@ def draw(paths: Sequence[Path], matching: Matching, measure: str, title: str) ->
             )
             if takes_part:
                 curve.setdefault(path.learning_rate, []).append(course)
-        base, lowest = next(iter(curve.values()))[0].quality[0], float(reach(curve))
-        if lowest < base:
-            levels = np.linspace(lowest, base, _LINE)
-            axes.plot(levels, curve_at(curve, levels), color=colour, linewidth=2.2, linestyle=dash)
+        highest, lowest = float(begin(curve)), float(reach(curve))
+        if lowest < highest:
+            levels = np.linspace(lowest, highest, _LINE)
+            axes.plot(levels, curve_at(curve, levels).value, color=colour, linewidth=2.2, linestyle=dash)
         axes.plot(
             [], [], color=colour, marker=mark, linewidth=2.2, linestyle=dash, markeredgecolor="white", label=method
         )

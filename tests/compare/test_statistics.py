@@ -41,12 +41,12 @@ def test_interpolation_between_the_checkpoints_around_a_level() -> None:
 
 
 def test_a_quadratic_is_met_and_a_cubic_is_within_the_margin() -> None:
-    places = np.array([0.0, 0.3, 0.4, 0.8, 1.0, 1.3])
+    places = (0.0, 0.3, 0.4, 0.8, 1.0, 1.3)
     ways = np.linspace(0.3, 1.0, 50)  # where there is a checkpoint on both sides
-    square = at_level(Course(2 - places, places + 3 * places**2), 2 - ways)
+    square = at_level(course(*((2 - way, way + 3 * way**2) for way in places)), 2 - ways)
     np.testing.assert_allclose(square.value, ways + 3 * ways**2, atol=1e-12)
     np.testing.assert_allclose(square.margin, 0, atol=1e-12)
-    cubic = at_level(Course(2 - places, places**3), 2 - ways)
+    cubic = at_level(course(*((2 - way, way**3) for way in places)), 2 - ways)
     off = np.abs(cubic.value - ways**3)
     assert (off <= cubic.margin + 1e-12).all()
     assert off.max() > 0.2 * cubic.margin.max() > 0, "a margin that is needed"
@@ -105,8 +105,8 @@ def test_the_area_between_two_curves() -> None:
     first = {None: [course((3.0, 0.0), (2.0, 0.0), (1.0, 1.0))]}
     second = {None: [course((3.0, 0.0), (2.0, 0.0), (1.0, 0.5))]}
     found = mean_difference(first, second)
-    assert found.value == pytest.approx(0.25 - (0.5 - 0.25) / 6, abs=1e-4)
-    assert found.margin == pytest.approx((0.5 + 0.25) / 6, abs=1e-4)
+    assert found.value == pytest.approx(0.25 - (0.5 - 0.25) / 6, abs=3e-4)
+    assert found.margin == pytest.approx((0.5 + 0.25) / 6, abs=3e-4)
     # With a bend off the grid, against the mean over many levels.
     bent = {None: [course((3.0, 0.0), (2.0, 0.0), (1.66, 0.9), (1.0, 1.0))]}
     many = np.linspace(1, 2, 100001)
@@ -213,7 +213,7 @@ def test_how_often_an_interval_of_few_normal_seeds_holds_the_truth(seeds: int, c
 
 
 def test_the_scale_is_that_of_students_t() -> None:
-    from scipy.stats import t
+    from scipy.stats import t  # type: ignore[import-untyped]
 
     for count in range(2, 40):
         expected = (count / (count - 1)) ** 0.5 * t.ppf(0.975, count - 1) / 1.959964
@@ -241,11 +241,12 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 def straight(course: Course, levels: NDArray[np.float64]) -> Between:
     """Interpolation by straight lines, of courses that fall from checkpoint to checkpoint."""
-    found = [
-        np.interp(-wanted, -quality, other)
-        for wanted, quality, other in zip(levels, *np.broadcast_arrays(*course[:2]), strict=True)
-    ]
-    return Between(np.array(found), np.zeros_like(levels))
+    places = np.broadcast_to(levels, (*course.other.shape[:-1], levels.shape[-1]))
+    quality = np.broadcast_to(course.quality, course.other.shape)
+    found = np.empty_like(places)
+    for index in np.ndindex(places.shape[:-1]):
+        found[index] = np.interp(-places[index], -quality[index], course.other[index])
+    return Between(found, np.zeros_like(found))
 
 
 def sampled(method: str, ways: Sequence[float], shape: Callable[[float], float], seed: int = 0) -> Path:
