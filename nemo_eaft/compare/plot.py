@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours; marks and dashes differ as well, for grey print.
-_STYLES: tuple[tuple[str, str, Any], ...] = (
+STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#555555", "o", "-"),
     ("#0072B2", "s", "--"),
     ("#D55E00", "^", "-."),
@@ -58,7 +58,7 @@ def draw(paths: Sequence[Path], matching: Matching, measure: str, title: str) ->
     axes = figure.subplots()
     methods = [matching.reference, *(name for name in matching.seeds if name != matching.reference)]
     for number, method in enumerate(methods):
-        colour, mark, dash = _STYLES[number % len(_STYLES)]
+        colour, mark, dash = STYLES[number % len(STYLES)]
         curve: dict[float | None, list[Course]] = {}
         for path in (path for path in paths if path.method == method):
             course = Course(forgetting(path, QUALITY)[0], forgetting(path, measure)[0])

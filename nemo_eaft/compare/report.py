@@ -64,8 +64,8 @@ def judged(matching: Matching) -> list[Match]:
 def by_chance(count: int) -> str:
     """How much of what was found would be found where there is nothing."""
     return (
-        f"{count} comparisons have an interval of {CONFIDENCE:.0%}, none made wider for their number: if no method "
-        f"differed at all, about {(1 - CONFIDENCE) * count:.1f} of them would be on one side of 0 by chance."
+        f"{count} comparisons have an interval of {100 * CONFIDENCE:.0f} %, none made wider for their number: if no "
+        f"method differed at all, about {(1 - CONFIDENCE) * count:.1f} of them would be on one side of 0 by chance."
     )
 
 
