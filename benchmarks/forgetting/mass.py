@@ -19,8 +19,8 @@ PUSH = (
     "the clipping of gradients and AdamW, which divides by the gradient's own size, are left out. *As SFT*: the same "
     "tokens at the same moment with every weight 1, along the path of the method's own run. That says what the weights "
     "take away there, not what SFT would have done: its own runs are on another path, where the model has learned "
-    "other things by then. *Confident*: probability below 0.1 and entropy below 0.2 of its highest, under the model as it is "
-    "at that step, so these are other tokens in each run, and fewer once they are learned"
+    "other things by then. *Confident*: probability below 0.1 and entropy below 0.2 of its highest, under the model as "
+    "it is at that step, so these are other tokens in each run, and fewer once they are learned"
 )
 """What the figures of this module are, for the page."""
 
@@ -31,12 +31,24 @@ def mass(lines: Sequence[Line], rates: Mapping[str, float]) -> list[str]:
     if not runs.get(design.REFERENCE):
         return ["Not measured yet."]
     name = _kind(runs)
-    text = [
-        f"Each method's own runs at its chosen learning rate against {design.REFERENCE}'s own runs, with the same rows "
-        f"in the same steps:",
+    rest = "clean" if name == "planted" else "other"
+    reference = design.REFERENCE
+    text = []
+    _, method, _ = design.PRIMARY
+    if method in runs:
+        mine, theirs = (_total(lines) for lines in _paired(runs[method], runs[reference]))
+        text += [
+            f"In the runs of {method} all {name} tokens together push "
+            f"{_ratio(mine['own'][name], theirs['own'][name]) or '(none)'} times as hard as in those of {reference}, "
+            f"all {rest} ones {_ratio(_rest(mine, 'own', name), _rest(theirs, 'own', name))} times.",
+            "",
+        ]
+    text += [
+        f"Each method's own runs at its chosen learning rate against {reference}'s own runs, with the same rows in the "
+        f"same steps:",
         "",
-        f"| method | push of {name} tokens, by {design.REFERENCE}'s | push of other tokens, by {design.REFERENCE}'s "
-        f"| a {name} token, mean | another token, mean | {name} tokens' share | learning rates | runs |",
+        f"| method | {name} push, {reference} = 1 | {rest} push, {reference} = 1 | mean push of a {name} token | of a "
+        f"{rest} token | {name} share of all push | learning rates | runs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method, own in runs.items():

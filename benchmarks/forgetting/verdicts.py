@@ -164,4 +164,4 @@ def _cell(each: Match) -> str:
     figure = f"{said}{interval.value:+.4f}"
     if interval.low is not None and interval.high is not None:
         figure += f" [{interval.low:+.4f}, {interval.high:+.4f}]"
-    return figure + (" (sign changes)" if each.turns else "")
+    return figure + (" (sign changes)" if each.turning else "")

@@ -105,13 +105,14 @@ class Match:
     """Why there is no common range."""
 
     @property
-    def turns(self) -> bool:
-        """Whether the levels disagree with the mean, or with each other: a level has another sign than a mean that is
-        shown to have one, or two levels are shown to have different ones."""
-        shown = {level.difference.sign for level in self.levels} - {0}
+    def turning(self) -> tuple[Level, ...]:
+        """Levels that disagree: those with another sign than a mean that is shown to have one; where it is not, those
+        that are shown to have one, if they differ in it."""
         sign = self.mean_difference.sign if self.mean_difference is not None else 0
-        against = any(level.difference.value * sign < -_NOTHING for level in self.levels)
-        return against or len(shown) == 2
+        if sign:
+            return tuple(level for level in self.levels if level.difference.value * sign < -_NOTHING)
+        shown = tuple(level for level in self.levels if level.difference.sign)
+        return shown if len({level.difference.sign for level in shown}) == 2 else ()
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def draw(paths: Sequence[Path], matching: Matching, measure: str, title: str) ->
     axes.set_xlabel("target cross-entropy on held-out rows (nats per token); learned more \N{RIGHTWARDS ARROW}")
     shown = MEASURES[measure]
     assert shown.forgetting is not None
-    axes.set_ylabel(_AXIS[shown.forgetting].format(title=shown.title, unit=shown.unit))
+    axes.set_ylabel(_AXIS[shown.forgetting].format(title=shown.title, unit=shown.unit), fontsize=9)
     axes.set_title(f"{title}: forgetting at equal target quality, lower is better", loc="left", fontsize=11)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -36,9 +36,9 @@ def finding(match: Match, matching: Matching) -> str:
         f"target quality {_interval(match.mean_difference)} {shown.unit} ({where} nats of target cross-entropy; "
         f"{_over(method, reference, matching.seeds)})"
     )
-    if match.turns:
+    if match.turning:
         text += "; the sign changes along the way: " + ", ".join(
-            f"{_interval(level.difference)} at {level.target:.3f}" for level in match.levels
+            f"{_interval(level.difference)} at {level.target:.3f}" for level in match.turning
         )
     return f"{text}."
 

@@ -270,7 +270,7 @@ def test_one_curve_in_other_steps_does_not_differ(
     assert drift.span == (2.0 - slow[-1], 2.0 - quick[0])
     assert drift.mean_difference is not None
     assert drift.mean_difference.sign == 0
-    assert not drift.turns
+    assert not drift.turning
     # The wrong variant: straight lines from the base model on.
     monkeypatch.setattr(statistics, "begin", lambda curve: next(iter(curve.values()))[0].quality[..., 0])
     monkeypatch.setattr(statistics, "at_level", straight)
@@ -296,7 +296,7 @@ def test_a_difference_that_turns_is_said_to() -> None:
     drift = match(paths, "sft", draws=100).matches[0]
     assert drift.mean_difference is not None
     assert [level.difference.sign for level in drift.levels] == [-1, -1, 1, 1, 1]
-    assert drift.turns
+    assert [level.part for level in drift.turning] == [0.0, 0.25]
 
 
 def test_where_nothing_is_left_there_is_no_verdict() -> None:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from benchmarks.forgetting import design, report, results
+import pytest
+
+from benchmarks.forgetting import design, report, results, verdicts
 from benchmarks.forgetting.inputs import FILE
 from benchmarks.forgetting.results import BASE, Line, Wanted
+from nemo_eaft.compare.matching import match
 from tests.forgetting.lines import INPUTS, line
+
+
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is looked at as closely as a thousand draws tell."""
+    monkeypatch.setattr(verdicts, "match", partial(match, draws=50))
 
 
 def made(folder: Path, lines: Sequence[Line]) -> Path:
@@ -24,6 +34,7 @@ def made(folder: Path, lines: Sequence[Line]) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert "Not measured yet." in report.page(made(tmp_path / "empty", []))
     lines = []
@@ -61,6 +72,7 @@ def whole(setting: str, forgets: dict[str, float], best: dict[str, float] | None
     return lines
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_the_question_stands_first_and_the_others_are_counted(tmp_path: Path) -> None:
     forgets = {"sft": 0.8, "eaft alpha=1": 0.2, "mask": 0.8}
     lines = whole("bfcl", forgets) + whole("conflicts-30", forgets)
@@ -80,6 +92,7 @@ def test_the_question_stands_first_and_the_others_are_counted(tmp_path: Path) ->
     assert "over rows and seeds: 3 of eaft alpha=1, 2 of sft). (Not final: some of its runs are still" in partly
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_learning_rate_and_method_are_told_apart(tmp_path: Path) -> None:
     """`mask` forgets as much as `sft` at every rate, but is chosen to run at the highest: the edge is said, and it is
     compared over all rates and at that of `sft` as well."""
@@ -103,6 +116,7 @@ def test_learning_rate_and_method_are_told_apart(tmp_path: Path) -> None:
     assert "At the edge" not in same
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_the_push_of_planted_tokens(tmp_path: Path) -> None:
     """At its chosen rate alone, against the runs of SFT with the same seeds. Of 8 tokens 2 are planted: SFT pushes
     2.4 with them and 0.6 with the others in a run, EAFT 0.6 and 0.3; as SFT, EAFT's own path has 2.0 and 0.4."""
@@ -120,6 +134,8 @@ def test_the_push_of_planted_tokens(tmp_path: Path) -> None:
     setting = page[page.index("## conflicts-30") : page.index("## conflicts-50")]
     assert "| sft | 1.000 | 1.000 | 1.200 | 0.100 | 0.800 | 3e-05 | 3 |" in setting
     assert "| eaft alpha=1 | 0.250 | 0.500 | 0.300 | 0.050 | 0.667 | 3e-05 | 3 |" in setting
+    assert "In the runs of eaft alpha=1 all planted tokens together push 0.250 times as hard as in those" in setting
+    assert "of sft, all clean ones 0.500 times." in setting
     # Three runs in each span: planted tokens, mean push as SFT and own, shares of planted and of confident ones.
     assert "| eaft alpha=1 | 41 to 80 | 6 | 1.000 | 0.300 | 0.833 | 0.667 | 0.625 | 0.333 |" in setting
     # Before a rate is chosen, all runs; it is said.
