@@ -9,7 +9,7 @@ from benchmarks.forgetting import design, plan, results
 from benchmarks.forgetting.results import BASE, Line
 from nemo_eaft.compare.matching import Interval, Match, Matching, match
 from nemo_eaft.compare.record import MEASURES
-from nemo_eaft.compare.report import by_chance, finding, judged
+from nemo_eaft.compare.report import by_chance, finding, judged, of_one_seed
 
 FORGETTING = tuple(name for name, each in MEASURES.items() if each.forgetting is not None)
 
@@ -85,7 +85,7 @@ def primary(compared: Mapping[str, Compared], rates: Mapping[str, float]) -> str
 def secondary(compared: Mapping[str, Compared]) -> list[str]:
     """How many other comparisons there are, how they came out, and what chance would do."""
     others = [
-        each
+        (each, of_one_seed(each, matching))
         for setting, of_setting in compared.items()
         for matching in of_setting.all()
         for each in judged(matching)
@@ -93,9 +93,9 @@ def secondary(compared: Mapping[str, Compared]) -> list[str]:
     ]
     if not others:
         return []
-    signs = [each.mean_difference.sign for each in others if each.mean_difference is not None]
+    signs = [each.mean_difference.sign for each, _ in others if each.mean_difference is not None]
     return [
-        f"All others are secondary. {by_chance(len(others))} Here {signs.count(-1)} say *forgets less*, "
+        f"All others are secondary. {by_chance(len(others), sum(one for _, one in others))} Here {signs.count(-1)} say *forgets less*, "
         f"{signs.count(1)} *forgets more* and {signs.count(0)} *not shown to differ*.",
         "",
         f"They do not count one by one. All methods of a setting are compared with the same runs of "

@@ -21,7 +21,7 @@ from nemo_eaft.compare.matching import match
 from nemo_eaft.compare.measure import Task, load_model, measure
 from nemo_eaft.compare.plot import write_figures
 from nemo_eaft.compare.probe import read_questions
-from nemo_eaft.compare.report import as_mapping, by_chance, findings, judged, markdown
+from nemo_eaft.compare.report import as_mapping, comparisons, findings, markdown
 from nemo_eaft.compare.runs import Source, check_sources, find_sources, kept_checkpoints, method_names
 from nemo_eaft.compare.target import read_rows
 from nemo_eaft.compare.text import windows
@@ -203,9 +203,7 @@ def _write(
     lines += markdown(paths, matching, [figure.name for figure in figures])
     with replacing(output / "compare.md") as temporary:
         temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    print("\n".join(findings(matching)))
-    if len(judged(matching)) > 1:
-        print(by_chance(len(judged(matching))))
+    print("\n".join([*findings(matching), *comparisons(matching)]))
     print(f"report: {output / 'compare.md'}, {output / 'compare.json'}", flush=True)
 
 

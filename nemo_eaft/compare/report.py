@@ -61,19 +61,36 @@ def judged(matching: Matching) -> list[Match]:
     ]
 
 
-def by_chance(count: int) -> str:
-    """How much of what was found would be found where there is nothing."""
-    return (
+def of_one_seed(match: Match, matching: Matching) -> bool:
+    """Whether one of the two has a single seed, so that the interval leaves out what another would do."""
+    return min(matching.seeds[match.method], matching.seeds[matching.reference]) == 1
+
+
+def by_chance(count: int, one_seed: int) -> str:
+    """How much of what was found would be found where there is nothing.
+
+    one_seed: how many of so many comparisons are of one seed.
+    """
+    text = (
         f"{count} comparisons have an interval of {100 * CONFIDENCE:.0f} %, none made wider for their number: if no "
         f"method differed at all, about {(1 - CONFIDENCE) * count:.1f} of them would be on one side of 0 by chance."
     )
+    if one_seed:
+        text += f" {one_seed} of them are of one seed, whose luck is in no interval: there it would be more."
+    return text
+
+
+def comparisons(matching: Matching) -> list[str]:
+    """What must be known of several comparisons together; nothing where there is one."""
+    found = judged(matching)
+    return [by_chance(len(found), sum(of_one_seed(each, matching) for each in found))] if len(found) > 1 else []
 
 
 def markdown(paths: Sequence[Path], matching: Matching, figures: Sequence[str] = ()) -> list[str]:
     """The tables: what was found, levels, areas, and every checkpoint."""
     lines = ["### What was found", "", *(f"* {sentence}" for sentence in findings(matching)), ""]
-    if len(judged(matching)) > 1:
-        lines += [by_chance(len(judged(matching))), ""]
+    for sentence in comparisons(matching):
+        lines += [sentence, ""]
     for figure in figures:
         lines += [f"![{figure}]({figure})", ""]
     lines += ["### At equal target quality", "", *levels_table(matching)]

@@ -84,6 +84,7 @@ def test_the_question_stands_first_and_the_others_are_counted(tmp_path: Path) ->
     # Two methods, four measures, two settings, at the chosen rates and over all; the primary one is not among them.
     assert "31 comparisons have an interval" in question
     assert "about 1.6 of them" in question
+    assert "16 of them are of one seed" in question
     assert "say *forgets less*, 0 *forgets more*" in question
     # A seed that is missing, and it is not final.
     missing = [each for each in lines if (each.setting, each.method, each.seed) != ("conflicts-30", "sft", 2)]
