@@ -95,7 +95,8 @@ def secondary(compared: Mapping[str, Compared]) -> list[str]:
         return []
     signs = [each.mean_difference.sign for each, _ in others if each.mean_difference is not None]
     return [
-        f"All others are secondary. {by_chance(len(others), sum(one for _, one in others))} Here {signs.count(-1)} say *forgets less*, "
+        f"All others are secondary. {by_chance(len(others), sum(alone for _, alone in others))} Here "
+        f"{signs.count(-1)} say *forgets less*, "
         f"{signs.count(1)} *forgets more* and {signs.count(0)} *not shown to differ*.",
         "",
         f"They do not count one by one. All methods of a setting are compared with the same runs of "
