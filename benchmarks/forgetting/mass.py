@@ -47,8 +47,8 @@ def mass(lines: Sequence[Line], rates: Mapping[str, float]) -> list[str]:
         f"Each method's own runs at its chosen learning rate against {reference}'s own runs, with the same rows in the "
         f"same steps:",
         "",
-        f"| method | {name} push, {reference} = 1 | {rest} push, {reference} = 1 | mean push of a {name} token | of the "
-        f"{rest} ones | {name} share of all push | learning rates | runs |",
+        f"| method | {name} push, {reference} = 1 | {rest} push, {reference} = 1 | mean push of a {name} token | "
+        f"of the {rest} ones | {name} share of all push | learning rates | runs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method, own in runs.items():

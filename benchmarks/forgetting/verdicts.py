@@ -65,7 +65,9 @@ def _at_one_rate(lines: Sequence[Line], rates: Mapping[str, float]) -> list[Line
 
 
 def _match(lines: Sequence[Line]) -> Matching | None:
-    courses = results.courses(lines)
+    # In the order of the design, whichever was run first: a method has the same colour in every picture.
+    order = (BASE, *design.METHODS)
+    courses = results.courses(sorted(lines, key=lambda line: order.index(line.method)))
     methods = {course.method for course in courses}
     return match(courses, design.REFERENCE) if design.REFERENCE in methods and len(methods) > 1 else None
 
