@@ -25,7 +25,8 @@ from benchmarks.forgetting.inputs import Inputs, beginning, split
 from nemo_eaft.compare.probe import Question, to_question
 from nemo_eaft.data import Tokens, tokenize_chat
 
-_KEPT, _PLANTED = 2, 2
+KEPT, OFFERED = 2, 2
+"""Wrong answers of a question: cities of other countries that are asked about, and planted ones."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,24 @@ class Pools:
     def order(self, count: int, seed: int) -> list[Row]:
         """The rows of a run: clean ones and conflicts, each in passes of random order over all of their kind."""
         generator = random.Random(seed)
-        planted = round(self.share * count)
+        planted = _planted(self.share, count)
         rows = _passes(self.conflicts, planted, generator) + _passes(self.clean, count - planted, generator)
         generator.shuffle(rows)
         return rows
+
+
+def planted_rows(setting: str, count: int) -> int:
+    """Of so many rows of a run, those that are conflicts."""
+    return _planted(_share(setting), count)
+
+
+def _planted(share: float, count: int) -> int:
+    return round(share * count)
+
+
+def _share(setting: str) -> float:
+    name, _, share = setting.partition("-")
+    return int(share) / 100 if name == "conflicts" else 0.0
 
 
 def _passes(rows: Sequence[Row], count: int, generator: random.Random) -> list[Row]:
@@ -87,7 +102,7 @@ def pools(setting: str, folder: Path, tokenizer: Any, inputs: Inputs) -> Pools:
     held_out = [tokenize_chat(tokenizer, row) for row in list(once.values())[: design.HELD_OUT]]
     if setting == "bfcl":
         return Pools(clean, [], 0.0, held_out)
-    return Pools(clean, conflicts(tokenizer, inputs), int(setting.removeprefix("conflicts-")) / 100, held_out)
+    return Pools(clean, conflicts(tokenizer, inputs), _share(setting), held_out)
 
 
 def conflicts(tokenizer: Any, inputs: Inputs) -> list[Row]:
@@ -114,7 +129,7 @@ def probe(tokenizer: Any, inputs: Inputs) -> list[Question]:
         first = {_first(tokenizer, answers[0])}
         # Each question begins its search at another place.
         planted = contradicted[number % len(contradicted) :] + contradicted[: number % len(contradicted)]
-        for others, wanted in ((asked[number + 1 :] + asked[:number], _KEPT), (planted, _PLANTED)):
+        for others, wanted in ((asked[number + 1 :] + asked[:number], KEPT), (planted, OFFERED)):
             full = len(answers) + wanted
             for other in others:
                 text = f" {CAPITALS[other]}"

@@ -21,7 +21,7 @@ from nemo_eaft.compare.matching import match
 from nemo_eaft.compare.measure import Task, load_model, measure
 from nemo_eaft.compare.plot import write_figures
 from nemo_eaft.compare.probe import read_questions
-from nemo_eaft.compare.report import as_mapping, findings, markdown
+from nemo_eaft.compare.report import as_mapping, comparisons, findings, markdown
 from nemo_eaft.compare.runs import Source, check_sources, find_sources, kept_checkpoints, method_names
 from nemo_eaft.compare.target import read_rows
 from nemo_eaft.compare.text import windows
@@ -165,7 +165,7 @@ def _no_reference(number: int) -> Any:
 def _path(source: Source, method: str, steps: list[int], points: list[record.Measures]) -> record.Path:
     if len(points) < 3 and source.settings is not None:
         warnings.warn(
-            f"{source.word} has {len(points) - 1} checkpoint: its curve is a straight line from the base model; "
+            f"{source.word} has {len(points) - 1} checkpoint, so it can be compared at one level alone; "
             f"trainer.save_every and trainer.keep_checkpoints=-1 keep more",
             stacklevel=1,
         )
@@ -203,7 +203,7 @@ def _write(
     lines += markdown(paths, matching, [figure.name for figure in figures])
     with replacing(output / "compare.md") as temporary:
         temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    print("\n".join(findings(matching)))
+    print("\n".join([*findings(matching), *comparisons(matching)]))
     print(f"report: {output / 'compare.md'}, {output / 'compare.json'}", flush=True)
 
 

@@ -11,13 +11,13 @@ import numpy as np
 from nemo_eaft.atomic import replacing
 from nemo_eaft.compare.matching import Matching, forgetting
 from nemo_eaft.compare.record import MEASURES, QUALITY, Path
-from nemo_eaft.compare.statistics import Course, curve_at, reach
+from nemo_eaft.compare.statistics import Course, begin, curve_at, reach
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours; marks and dashes differ as well, for grey print.
-_STYLES: tuple[tuple[str, str, Any], ...] = (
+STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#555555", "o", "-"),
     ("#0072B2", "s", "--"),
     ("#D55E00", "^", "-."),
@@ -38,7 +38,7 @@ def write_figures(paths: Sequence[Path], matching: Matching, folder: File, title
     """One picture for each measure of forgetting, ``<measure>.png`` in ``folder``; 8 x 5 inch at 120 dots per inch.
 
     Marks are checkpoints (pale at learning rates that do not take part), thin lines runs, and a thick line is the
-    method's curve of :mod:`nemo_eaft.compare.statistics`.
+    method's curve of :mod:`nemo_eaft.compare.statistics`, from where every run of it has a trained checkpoint.
     """
     written = []
     for measure in paths[0].points[0]:
@@ -58,15 +58,16 @@ def draw(paths: Sequence[Path], matching: Matching, measure: str, title: str) ->
     axes = figure.subplots()
     methods = [matching.reference, *(name for name in matching.seeds if name != matching.reference)]
     for number, method in enumerate(methods):
-        colour, mark, dash = _STYLES[number % len(_STYLES)]
+        colour, mark, dash = STYLES[number % len(STYLES)]
         curve: dict[float | None, list[Course]] = {}
         for path in (path for path in paths if path.method == method):
             course = Course(forgetting(path, QUALITY)[0], forgetting(path, measure)[0])
-            axes.plot(*course, color=colour, linewidth=0.6, alpha=0.35)
+            axes.plot(course.quality, course.other, color=colour, linewidth=0.6, alpha=0.35)
             takes_part = path.learning_rate in matching.learning_rates[method]
             # Over the thick line, which goes through them where there is one seed.
             axes.plot(
-                *course,
+                course.quality,
+                course.other,
                 linestyle="none",
                 marker=mark,
                 markersize=6,
@@ -78,10 +79,10 @@ def draw(paths: Sequence[Path], matching: Matching, measure: str, title: str) ->
             )
             if takes_part:
                 curve.setdefault(path.learning_rate, []).append(course)
-        base, lowest = next(iter(curve.values()))[0].quality[0], float(reach(curve))
-        if lowest < base:
-            levels = np.linspace(lowest, base, _LINE)
-            axes.plot(levels, curve_at(curve, levels), color=colour, linewidth=2.2, linestyle=dash)
+        highest, lowest = float(begin(curve)), float(reach(curve))
+        if lowest < highest:
+            levels = np.linspace(lowest, highest, _LINE)
+            axes.plot(levels, curve_at(curve, levels).value, color=colour, linewidth=2.2, linestyle=dash)
         axes.plot(
             [], [], color=colour, marker=mark, linewidth=2.2, linestyle=dash, markeredgecolor="white", label=method
         )
@@ -89,7 +90,7 @@ def draw(paths: Sequence[Path], matching: Matching, measure: str, title: str) ->
     axes.set_xlabel("target cross-entropy on held-out rows (nats per token); learned more \N{RIGHTWARDS ARROW}")
     shown = MEASURES[measure]
     assert shown.forgetting is not None
-    axes.set_ylabel(_AXIS[shown.forgetting].format(title=shown.title, unit=shown.unit))
+    axes.set_ylabel(_AXIS[shown.forgetting].format(title=shown.title, unit=shown.unit), fontsize=9)
     axes.set_title(f"{title}: forgetting at equal target quality, lower is better", loc="left", fontsize=11)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

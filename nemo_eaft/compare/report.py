@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from nemo_eaft.compare.matching import Interval, Match, Matching, forgetting
+from nemo_eaft.compare.matching import CONFIDENCE, Interval, Match, Matching, forgetting
 from nemo_eaft.compare.record import MEASURES, Path
 
 _LESS, _MORE = "forgets less", "forgets more"
@@ -14,32 +14,83 @@ _LESS, _MORE = "forgets less", "forgets more"
 
 def findings(matching: Matching) -> list[str]:
     """One sentence for each method and measure of forgetting, from the intervals alone."""
-    sentences = []
-    one_seed = all(count == 1 for count in matching.seeds.values())
-    over = "rows alone: one seed" if one_seed else "seeds and rows"
-    for each in matching.matches:
-        if MEASURES[each.measure].forgetting is None:
-            continue
-        title = MEASURES[each.measure].title
-        if each.mean_difference is None:
-            sentences.append(
-                f"{each.method} against {matching.reference}, {title}: the curves do not overlap, for one of them "
-                f"never got below the base model's target cross-entropy with every seed; nothing is said."
-            )
-            continue
-        sign = each.mean_difference.sign
-        verdict = "is not shown to differ" if sign == 0 else _LESS if sign < 0 else _MORE
-        figure = f"{_interval(each.mean_difference)} {MEASURES[each.measure].unit}"
-        sentences.append(
-            f"{each.method} {verdict} {'from' if sign == 0 else 'than'} {matching.reference} by {title}: mean "
-            f"difference at equal target quality {figure} (over {over})."
-        )
+    sentences = [finding(each, matching) for each in matching.matches if MEASURES[each.measure].forgetting]
     return sentences or ["There is one method, so nothing is compared; measured checkpoints are below."]
+
+
+def finding(match: Match, matching: Matching) -> str:
+    """What the interval of one comparison says."""
+    method, reference = match.method, matching.reference
+    shown = MEASURES[match.measure]
+    if match.mean_difference is None or match.span is None:
+        return (
+            f"{method} against {reference}, {shown.title}: there is no common range of target cross-entropy between "
+            f"trained checkpoints, for {match.why_not}; nothing is said."
+        )
+    sign = match.mean_difference.sign
+    verdict = "is not shown to differ" if sign == 0 else _LESS if sign < 0 else _MORE
+    low, high = match.span
+    where = f"from {high:.3f} to {low:.3f}" if low < high else f"at {low:.3f}"
+    text = (
+        f"{method} {verdict} {'from' if sign == 0 else 'than'} {reference} by {shown.title}: mean difference at equal "
+        f"target quality {_interval(match.mean_difference)} {shown.unit} ({where} nats of target cross-entropy; "
+        f"{_over(method, reference, matching.seeds)})"
+    )
+    if match.turning:
+        text += "; the sign changes along the way: " + ", ".join(
+            f"{_interval(level.difference)} at {level.target:.3f}" for level in match.turning
+        )
+    return f"{text}."
+
+
+def _over(method: str, reference: str, seeds: Mapping[str, int]) -> str:
+    mine, theirs = seeds[method], seeds[reference]
+    if mine == theirs:
+        return "over rows alone: one seed" if mine == 1 else f"over rows and {mine} seeds"
+    return f"over rows and seeds: {mine} of {method}, {theirs} of {reference}"
+
+
+def judged(matching: Matching) -> list[Match]:
+    """The comparisons with an interval from which something is said."""
+    return [
+        each
+        for each in matching.matches
+        if MEASURES[each.measure].forgetting
+        and each.mean_difference is not None
+        and each.mean_difference.low is not None
+    ]
+
+
+def of_one_seed(match: Match, matching: Matching) -> bool:
+    """Whether one of the two has a single seed, so that the interval leaves out what another would do."""
+    return min(matching.seeds[match.method], matching.seeds[matching.reference]) == 1
+
+
+def by_chance(count: int, one_seed: int) -> str:
+    """How much of what was found would be found where there is nothing.
+
+    one_seed: how many of so many comparisons are of one seed.
+    """
+    text = (
+        f"{count} comparisons have an interval of {100 * CONFIDENCE:.0f} %, none made wider for their number: if no "
+        f"method differed at all, about {(1 - CONFIDENCE) * count:.1f} of them would be on one side of 0 by chance."
+    )
+    if one_seed:
+        text += f" {one_seed} of them are of one seed, whose luck is in no interval: there it would be more."
+    return text
+
+
+def comparisons(matching: Matching) -> list[str]:
+    """What must be known of several comparisons together; nothing where there is one."""
+    found = judged(matching)
+    return [by_chance(len(found), sum(of_one_seed(each, matching) for each in found))] if len(found) > 1 else []
 
 
 def markdown(paths: Sequence[Path], matching: Matching, figures: Sequence[str] = ()) -> list[str]:
     """The tables: what was found, levels, areas, and every checkpoint."""
     lines = ["### What was found", "", *(f"* {sentence}" for sentence in findings(matching)), ""]
+    for sentence in comparisons(matching):
+        lines += [sentence, ""]
     for figure in figures:
         lines += [f"![{figure}]({figure})", ""]
     lines += ["### At equal target quality", "", *levels_table(matching)]
@@ -53,10 +104,20 @@ def levels_table(matching: Matching) -> list[str]:
         f"({matching.seeds[method]})"
         for method, rates in matching.learning_rates.items()
     )
-    head = ("method", "measure", "part of the way", "target cross-entropy", matching.reference, "method", "difference")
+    head = (
+        "method",
+        "measure",
+        "part of the range",
+        "target cross-entropy",
+        matching.reference,
+        "method",
+        "difference",
+    )
     lines = [
         f"Against {matching.reference}; differences are method minus {matching.reference}, in brackets 95 % of "
-        f"{matching.draws} bootstrap draws. Learning rates that take part, and seeds for each: {rates}.",
+        f"{matching.draws} bootstrap draws and what coarse checkpoints leave open. The common range of target "
+        f"cross-entropy begins (0%) at the first trained checkpoint that is farther, of all runs of both, and ends "
+        f"(100%) where both have been. Learning rates that take part, and seeds for each: {rates}.",
         "",
         _row(*head),
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -69,7 +130,7 @@ def levels_table(matching: Matching) -> list[str]:
 def _levels(match: Match) -> list[str]:
     name = _name(match.measure)
     if match.span is None or match.mean_difference is None:
-        return [_row(match.method, name, "no overlap", "", "", "", "")]
+        return [_row(match.method, name, "no common range", "", "", "", "")]
     lines = [
         _row(
             match.method,
@@ -129,6 +190,7 @@ def as_mapping(paths: Sequence[Path], matching: Matching) -> dict[str, Any]:
     return {
         "matching": asdict(matching),
         "findings": findings(matching),
+        "comparisons": len(judged(matching)),
         "runs": [
             {
                 "name": path.name,

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from nemo_eaft.compare.matching import match
 from nemo_eaft.compare.plot import draw
 from nemo_eaft.compare.record import Path, Sums
-from nemo_eaft.compare.report import markdown
+from nemo_eaft.compare.report import by_chance, findings, markdown
 
 TARGET = (2.0, 1.5, 1.0)
 
@@ -33,6 +33,34 @@ def runs(*methods: str) -> list[Path]:
         )
         for place, method in enumerate(methods)
     ]
+
+
+def test_a_sentence_for_each_comparison() -> None:
+    """Seeds are counted for each pair; a sign that changes is said with its levels, and so is an empty range."""
+
+    def made(method: str, seed: int, target: tuple[float, ...], drift: tuple[float, ...]) -> Path:
+        points = [{"target": Sums((t,), (1,)), "drift": Sums((d,), (1,))} for t, d in zip(target, drift, strict=True)]
+        return Path(f"{method}{seed}", method, 1e-5, seed, tuple(range(len(points))), tuple(points))
+
+    falling = (2.0, 1.75, 1.5, 1.25, 1.0)
+    paths = [made("sft", seed, falling, (0.0, 0.25, 0.5, 0.75, 1.0)) for seed in range(3)]
+    paths += [made("less", seed, falling, (0.0, 0.05, 0.1, 0.15, 0.2)) for seed in range(3)]
+    paths += [made("turns", 0, falling, (0.0, 0.125, 0.5, 1.125, 2.0))]
+    paths += [made("coarse", 0, (2.0, 0.9), (0.0, 1.0)), made("never", 0, (2.0, 2.1), (0.0, 1.0))]
+    matching = match(paths, "sft", draws=50)
+    less, turns, coarse, never = findings(matching)
+    assert less.startswith("less forgets less than sft by drift, KL(base || tuned): mean difference at equal target ")
+    assert less.endswith("nats per token (from 1.750 to 1.000 nats of target cross-entropy; over rows and 3 seeds).")
+    assert turns.startswith("turns forgets more than sft by drift")
+    assert "over rows and seeds: 1 of turns, 3 of sft); the sign changes along the way: -0.1250 [" in turns
+    assert turns.endswith("] at 1.562.")
+    assert "no common range of target cross-entropy between trained checkpoints, for coarse is at 0.900 nats" in coarse
+    assert "for never never got below the base model's target cross-entropy" in never
+    page = "\n".join(markdown(paths, matching))
+    assert by_chance(2, 1) in page
+    assert "about 0.1 of them would be on one side of 0 by chance. 1 of them are of one seed" in page
+    assert by_chance(40, 0).endswith("about 2.0 of them would be on one side of 0 by chance.")
+    assert "by chance" not in "\n".join(markdown(paths, match(paths[:6], "sft", draws=50)))
 
 
 def test_every_row_of_a_table_has_the_cells_of_its_head() -> None:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from nemo_eaft.compare.matching import forgetting, match
+from nemo_eaft.compare import matching, statistics
+from nemo_eaft.compare.matching import forgetting, match, seed_scale
 from nemo_eaft.compare.record import Path, Sums
-from nemo_eaft.compare.statistics import Course, at_level, common_range, curve_at, levels_in, mean_difference, reach
+from nemo_eaft.compare.statistics import (
+    Between,
+    Course,
+    at_level,
+    begin,
+    common_range,
+    curve_at,
+    levels_in,
+    mean_difference,
+    reach,
+)
 
 
 def course(*points: tuple[float, float]) -> Course:
@@ -16,21 +31,41 @@ def course(*points: tuple[float, float]) -> Course:
 
 
 def test_interpolation_between_the_checkpoints_around_a_level() -> None:
+    """The parabola through all three has the curvature 8/15. 1.5 is half of the way to the second point: 0.2 on the
+    straight line, and twice that curvature takes a quarter of it away, but not to below the first point's 0. 0.75 is
+    half of the way from it: 0.7, and a sixteenth. 1.0 and 2.0 are points themselves."""
     run = course((2.0, 0.0), (1.0, 0.4), (0.5, 1.0))
-    # 1.5 is half of the way to the second point, 0.75 half of the way from it; 1.0 and 2.0 are points themselves.
-    levels = np.array([2.0, 1.5, 1.0, 0.75, 0.5])
-    np.testing.assert_allclose(at_level(run, levels), [0.0, 0.2, 0.4, 0.7, 1.0], rtol=0, atol=1e-15)
+    found = at_level(run, np.array([2.0, 1.5, 1.0, 0.75, 0.5]))
+    np.testing.assert_allclose(found.value, [0.0, 0.1, 0.4, 0.7 - 1 / 30, 1.0], rtol=0, atol=1e-15)
+    np.testing.assert_allclose(found.margin, [0.0, 0.1, 0.0, 1 / 30, 0.0], rtol=0, atol=1e-15)
+
+
+def test_a_quadratic_is_met_and_a_cubic_is_within_the_margin() -> None:
+    places = (0.0, 0.3, 0.4, 0.8, 1.0, 1.3)
+    ways = np.linspace(0.3, 1.0, 50)  # where there is a checkpoint on both sides
+    square = at_level(course(*((2 - way, way + 3 * way**2) for way in places)), 2 - ways)
+    np.testing.assert_allclose(square.value, ways + 3 * ways**2, atol=1e-12)
+    np.testing.assert_allclose(square.margin, 0, atol=1e-12)
+    cubic = at_level(course(*((2 - way, way**3) for way in places)), 2 - ways)
+    off = np.abs(cubic.value - ways**3)
+    assert (off <= cubic.margin + 1e-12).all()
+    assert off.max() > 0.2 * cubic.margin.max() > 0, "a margin that is needed"
 
 
 def test_nothing_is_extrapolated() -> None:
     run = course((2.0, 0.0), (1.0, 0.4))
-    assert np.isnan(at_level(run, np.array([0.999, 0.0, 2.001]))).all()
+    found = at_level(run, np.array([0.999, 0.0, 2.001]))
+    assert np.isnan(found.value).all()
+    assert np.isnan(found.margin).all()
 
 
 def test_a_run_that_turns_back_is_taken_where_it_first_arrives() -> None:
+    """1.2 is reached on the way to the second point, where the straight line has 0.32; 0.9 between 1.6 and 0.8, where
+    it has 1.5. The parabolas through the turn bend beyond the values of the checkpoints, so that these are the ends."""
     run = course((2.0, 0.0), (1.0, 0.4), (1.6, 0.8), (0.8, 1.6))
-    # 1.2 is reached on the way to the second point; 0.9 between 1.6 and 0.8, at seven eighths.
-    np.testing.assert_allclose(at_level(run, np.array([1.2, 0.9])), [0.32, 0.8 + 0.875 * 0.8], atol=1e-15)
+    found = at_level(run, np.array([1.2, 0.9]))
+    np.testing.assert_allclose(found.value, [(0.32 + 0.4) / 2, (0.8 + 1.5) / 2], atol=1e-15)
+    np.testing.assert_allclose(found.margin, [0.04, 0.35], atol=1e-15)
 
 
 def test_a_curve_is_the_best_learning_rate_that_all_seeds_reached() -> None:
@@ -38,32 +73,52 @@ def test_a_curve_is_the_best_learning_rate_that_all_seeds_reached() -> None:
     fast = [course((2.0, 0.0), (0.5, 0.9)), course((2.0, 0.0), (0.5, 1.5))]
     curve = {1e-5: slow, 1e-4: fast}
     # At 1.5: slow 0.1 and 0.1, fast 0.3 and 0.5. At 1.1: one seed of slow has not arrived; fast 0.54 and 0.9.
-    np.testing.assert_allclose(curve_at(curve, np.array([1.5, 1.1])), [0.1, 0.72], atol=1e-15)
+    np.testing.assert_allclose(curve_at(curve, np.array([1.5, 1.1])).value, [0.1, 0.72], atol=1e-15)
     assert reach({1e-5: slow}) == 1.25
     assert reach(curve) == 0.5
-    assert np.isnan(curve_at(curve, np.array([0.4]))).all()
+    assert np.isnan(curve_at(curve, np.array([0.4])).value).all()
 
 
-def test_levels_are_parts_of_what_both_have_reached() -> None:
-    first = {None: [course((2.0, 0.0), (0.5, 1.0))]}
-    second = {None: [course((2.0, 0.0), (1.0, 1.0))]}
-    assert [float(each) for each in common_range(first, second)] == [1.0, 2.0]
-    np.testing.assert_allclose(levels_in(np.array(1.0), np.array(2.0), (0.25, 1.0)), [1.75, 1.0])
+def test_levels_are_parts_of_where_both_were_measured() -> None:
+    first = {None: [course((2.0, 0.0), (1.75, 0.1), (0.5, 1.0))]}
+    second = {None: [course((2.0, 0.0), (1.5, 0.1), (1.0, 1.0))]}
+    assert [float(each) for each in common_range(first, second)] == [1.0, 1.5]
+    np.testing.assert_allclose(levels_in(np.array(1.0), np.array(1.5), (0.0, 0.25, 1.0)), [1.5, 1.375, 1.0])
     # A third of 0.1 in float64: the last level must not fall below the range.
     assert levels_in(np.array(0.1 / 3), np.array(0.7), (1.0,))[0] == 0.1 / 3
+    # Every learning rate and seed has passed its first checkpoint where the range begins; it ends at the best reach.
+    rates = {1e-5: first[None], 1e-4: [course((2.0, 0.0), (1.2, 0.6), (0.7, 2.0)), course((2.0, 0.0), (1.3, 0.5))]}
+    assert begin(rates) == 1.2
+    assert [float(each) for each in common_range(rates, second)] == [1.0, 1.2]
+    # A run that is worse at its first checkpoint than the base model begins there.
+    assert begin({None: [course((2.0, 0.0), (2.5, 0.6), (0.7, 2.0))]}) == 2.0
     never = {None: [course((2.0, 0.0), (2.1, 1.0))]}
-    assert [float(each) for each in common_range(first, never)] == [2.0, 2.0]
-    assert np.isnan(mean_difference(first, never))
+    far = {None: [course((2.0, 0.0), (0.9, 0.1), (0.5, 1.0))]}
+    for other in (never, far):
+        assert np.isnan(common_range(second, other)).all()
+        assert np.isnan(mean_difference(second, other).value)
 
 
 def test_the_area_between_two_curves() -> None:
-    # Over 1 to 2: a straight line to 1 and one to 0.5, so that the difference goes from 0 to 0.5: mean 0.25.
-    first = {None: [course((2.0, 0.0), (1.0, 1.0))]}
-    second = {None: [course((2.0, 0.0), (1.0, 0.5))]}
-    assert mean_difference(first, second) == pytest.approx(0.25, abs=1e-12)
-    # With a bend off the grid: 0 to 1 over the first 1/3, then level; areas 1/6 + 2/3, less 1/4.
-    bent = {None: [course((2.0, 0.0), (5 / 3, 1.0), (1.0, 1.0))]}
-    assert mean_difference(bent, second) == pytest.approx(1 / 6 + 2 / 3 - 1 / 4, abs=1e-12)
+    """Over 1 to 2, straight lines to 1 and to 0.5 have the mean difference 0.25. The parabolas through the point before
+    have the curvature 0.5 and 0.25, in the mean over the range a sixth of it below; half between none and twice."""
+    first = {None: [course((3.0, 0.0), (2.0, 0.0), (1.0, 1.0))]}
+    second = {None: [course((3.0, 0.0), (2.0, 0.0), (1.0, 0.5))]}
+    found = mean_difference(first, second)
+    assert found.value == pytest.approx(0.25 - (0.5 - 0.25) / 6, abs=3e-4)
+    assert found.margin == pytest.approx((0.5 + 0.25) / 6, abs=3e-4)
+    # With a bend off the grid, against the mean over many levels.
+    bent = {None: [course((3.0, 0.0), (2.0, 0.0), (1.66, 0.9), (1.0, 1.0))]}
+    many = np.linspace(1, 2, 100001)
+    expected = curve_at(bent, many).value - curve_at(second, many).value
+    assert mean_difference(bent, second).value == pytest.approx(expected.mean(), abs=1e-3)
+
+
+def test_the_area_of_one_level() -> None:
+    """One checkpoint, as a folder of weights has it, is compared at its own level."""
+    curve = {None: [course((3.0, 0.0), (2.0, 1.0), (1.0, 4.0), (0.5, 6.25))]}
+    alone = {None: [course((3.0, 0.0), (1.5, 2.0))]}
+    assert mean_difference(alone, curve).value == pytest.approx(2.0 - 2.25, abs=1e-12)
 
 
 def run(method: str, seed: int, steps: list[int], target: list[float], drift: list[list[float]]) -> Path:
@@ -78,32 +133,28 @@ def run(method: str, seed: int, steps: list[int], target: list[float], drift: li
     return Path(f"{method}-{seed}", method, 1e-5, seed, tuple(steps), tuple(points))
 
 
-def two_methods(seeds: int = 1, spread: float = 0.0) -> list[Path]:
+def two_methods() -> list[Path]:
     """`slow` needs twice the steps to the same place, and forgets as much there; at equal steps it forgets half."""
-    paths = []
-    for seed in range(seeds):
-        more = spread * seed
-        paths += [
-            run("quick", seed, [0, 10, 20], [2.0, 1.0, 0.5], [[0.0, 0.0], [0.2, 0.6], [0.5, 0.9]]),
-            run("slow", seed, [0, 10, 20], [2.0, 1.5, 1.0], [[0.0, 0.0], [0.1 + more, 0.3], [0.2 + more, 0.6]]),
-        ]
-    return paths
+    nothing, first, second, last = [0.0, 0.0], [0.1, 0.3], [0.2, 0.6], [0.5, 0.9]
+    return [
+        run("quick", 0, [0, 10, 20, 30], [2.0, 1.5, 1.0, 0.5], [nothing, first, second, last]),
+        run("slow", 0, [0, 20, 40], [2.0, 1.5, 1.0], [nothing, first, second]),
+    ]
 
 
 def test_equal_quality_is_not_equal_steps() -> None:
-    """By steps `slow` forgets 0.2 less after ten and 0.3 less after twenty; by what it has learned, nothing less."""
-    paths = two_methods()
-    result = match(paths, "quick", draws=50)
+    """By steps `slow` forgets less after twenty; by what it has learned, nothing less."""
+    quick, slow = two_methods()
+    result = match([quick, slow], "quick", draws=50)
     (drift,) = result.matches
     assert drift.mean_difference is not None
-    assert drift.span == (1.0, 2.0)
-    assert drift.mean_difference.value == pytest.approx(0.0, abs=1e-12)
-    assert [level.target for level in drift.levels] == [1.75, 1.5, 1.25, 1.0]
-    np.testing.assert_allclose([level.reference for level in drift.levels], [0.1, 0.2, 0.3, 0.4], atol=1e-12)
-    at_steps = [
-        theirs["drift"].mean - mine["drift"].mean for mine, theirs in zip(paths[0].points, paths[1].points, strict=True)
-    ]
-    assert at_steps[1:] == pytest.approx([-0.2, -0.3])
+    assert drift.span == (1.0, 1.5)
+    assert abs(drift.mean_difference.value) < 0.01
+    assert drift.mean_difference.sign == 0
+    assert [drift.levels[place].difference.value for place in (0, 4)] == pytest.approx([0.0, 0.0])
+    assert [level.target for level in drift.levels] == [1.5, 1.375, 1.25, 1.125, 1.0]
+    assert [drift.levels[place].reference for place in (0, 4)] == pytest.approx([0.2, 0.4])
+    assert slow.points[1]["drift"].mean - quick.points[2]["drift"].mean == pytest.approx(-0.2)
 
 
 def test_intervals_over_rows() -> None:
@@ -119,23 +170,55 @@ def test_intervals_over_rows() -> None:
     assert last.sign == 1
 
 
-def test_intervals_over_seeds() -> None:
-    """Rows that are all alike leave nothing to draw, so the whole width comes from the seeds: means of three of
-    0.1, 0.2, 0.6 drawn with replacement lie between 0.1 and 0.6, and 0.3 is the one that was measured."""
+def with_seeds(values: Sequence[float]) -> list[Path]:
+    """Runs of `a` that differ in their seeds alone, and as many of `b`, all alike."""
     paths = []
-    for seed, drift in enumerate((0.1, 0.2, 0.6)):
+    for seed, drift in enumerate(values):
         paths.append(run("a", seed, [0, 1], [2.0, 1.0], [[0.0, 0.0], [drift, drift]]))
         paths.append(run("b", seed, [0, 1], [2.0, 1.0], [[0.0, 0.0], [0.0, 0.0]]))
+    return paths
+
+
+def test_intervals_over_seeds() -> None:
+    """Rows that are all alike leave nothing to draw, so the whole width comes from the seeds: means of three of
+    0.1, 0.2, 0.6 drawn with replacement lie between 0.1 and 0.6, and 0.3 is the one that was measured; their
+    distances from it are scaled."""
+    paths = with_seeds((0.1, 0.2, 0.6))
     result = match(paths, "b", draws=500)
     interval = result.matches[0].levels[-1].difference
     assert interval.value == pytest.approx(0.3)
     # The lowest and highest of the 27 draws have 1/27 each, more than 2.5 %.
-    assert [interval.low, interval.high] == pytest.approx([0.1, 0.6])
+    scale = (3 / 2) ** 0.5 * 4.302653 / 1.959964
+    assert [interval.low, interval.high] == pytest.approx([0.3 - 0.2 * scale, 0.3 + 0.3 * scale], rel=1e-4)
     assert result.seeds == {"a": 3, "b": 3}
     assert match(paths, "b", draws=500) == result
     # One seed: no width at all.
     alone = match(paths[:2], "b", draws=100).matches[0].levels[-1].difference
     assert [alone.low, alone.high] == pytest.approx([0.1, 0.1])
+
+
+@pytest.mark.parametrize("seeds, covered, plain", [(2, 0.93, 0.51), (3, 0.95, 0.71), (5, 0.94, 0.83)])
+def test_how_often_an_interval_of_few_normal_seeds_holds_the_truth(seeds: int, covered: float, plain: float) -> None:
+    """Of 2000 experiments; the plain percentile interval is the wrong variant."""
+    generator = np.random.default_rng(1)
+    found = generator.normal(size=(2000, seeds))
+    weights = matching._seeds({"method": seeds}, 400, generator)[seeds]
+    np.testing.assert_allclose(weights[0], 1 / seeds)
+    low, high = np.percentile(weights[1:] @ found.T, [2.5, 97.5], axis=0)
+    # Four standard errors of a share of 2000.
+    assert np.mean((low <= 0) & (high >= 0)) == pytest.approx(covered, abs=0.02)
+    drawn = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=400) / seeds
+    low, high = np.percentile(drawn @ found.T, [2.5, 97.5], axis=0)
+    assert np.mean((low <= 0) & (high >= 0)) == pytest.approx(plain, abs=0.04)
+
+
+def test_the_scale_is_that_of_students_t() -> None:
+    """By a table of its 97.5th percentiles, for degrees of freedom."""
+    table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 9: 2.262, 19: 2.093, 39: 2.023}
+    for degrees, quantile in table.items():
+        expected = ((degrees + 1) / degrees) ** 0.5 * quantile / 1.95996
+        assert seed_scale(degrees + 1) == pytest.approx(expected, rel=2e-3), degrees
+    assert seed_scale(1) == 1.0
 
 
 def test_seeds_of_one_learning_rate_do_not_win_by_luck() -> None:
@@ -148,13 +231,89 @@ def test_seeds_of_one_learning_rate_do_not_win_by_luck() -> None:
     assert result.matches[0].levels[-1].value == pytest.approx(0.4)
 
 
-def test_curves_that_do_not_overlap_are_said_to() -> None:
+SHAPES: dict[str, Callable[[float], float]] = {
+    "quadratic": lambda way: way**2,
+    "power 1.5": lambda way: way**1.5,
+    "exponential": lambda way: math.exp(3 * way) - 1,
+    "saturating": lambda way: way / (1.2 - way),
+}
+
+
+def straight(course: Course, levels: NDArray[np.float64]) -> Between:
+    """Interpolation by straight lines, of courses that fall from checkpoint to checkpoint."""
+    places = np.broadcast_to(levels, (*course.other.shape[:-1], levels.shape[-1]))
+    quality = np.broadcast_to(course.quality, course.other.shape)
+    found = np.empty_like(places)
+    for index in np.ndindex(places.shape[:-1]):
+        found[index] = np.interp(-places[index], -quality[index], course.other[index])
+    return Between(found, np.zeros_like(found))
+
+
+def sampled(method: str, ways: Sequence[float], shape: Callable[[float], float], seed: int = 0) -> Path:
+    """One curve, measured at some places of the way from 2 to 1 nats; samples that forget 0.5 to 1.5 times as much."""
+    ways = (0.0, *ways)
+    drift = [[factor * shape(way) for factor in np.linspace(0.5, 1.5, 12)] for way in ways]
+    return run(method, seed, list(range(len(ways))), [2.0 - way for way in ways], drift)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "quick, slow",
+    [((0.8, 0.95, 1.0), (0.55, 0.78, 0.88, 0.99)), ((0.4, 0.7, 1.0), (0.15, 0.3, 0.45, 0.65, 0.8, 0.95))],
+)
+def test_one_curve_in_other_steps_does_not_differ(
+    quick: list[float], slow: list[float], shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two samplings of one curve: who takes smaller steps must not pass for who forgets less."""
+    paths = [sampled("sft", quick, SHAPES[shape]), sampled("eaft", slow, SHAPES[shape])]
+    drift = match(paths, "sft", draws=100).matches[0]
+    assert drift.span == (2.0 - slow[-1], 2.0 - quick[0])
+    assert drift.mean_difference is not None
+    assert drift.mean_difference.sign == 0
+    assert not drift.turning
+    # The wrong variant: straight lines from the base model on.
+    monkeypatch.setattr(statistics, "begin", lambda curve: next(iter(curve.values()))[0].quality[..., 0])
+    monkeypatch.setattr(statistics, "at_level", straight)
+    old = match(paths, "sft", draws=100).matches[0].mean_difference
+    assert old is not None
+    assert old.sign == -1
+
+
+def test_a_difference_between_curves_is_shown_through_the_steps() -> None:
+    """The same places, with 0.7 of what the other forgets: the mean over the range is that of the curves."""
+    ways = [0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0]
+    paths = [sampled("sft", ways, lambda way: way**2), sampled("eaft", ways[1:], lambda way: 0.7 * way**2)]
+    drift = match(paths, "sft", draws=100).matches[0]
+    assert drift.mean_difference is not None
+    assert drift.mean_difference.sign == -1
+    # The mean of way^2 over 0.2 to 1, times -0.3.
+    assert drift.mean_difference.value == pytest.approx(-0.3 * (1 - 0.2**3) / 3 / 0.8, abs=0.002)
+
+
+def test_a_difference_that_turns_is_said_to() -> None:
+    ways = [0.2, 0.4, 0.6, 0.8, 1.0]
+    paths = [sampled("sft", ways, lambda way: way), sampled("eaft", ways, lambda way: 2 * way**2)]
+    drift = match(paths, "sft", draws=100).matches[0]
+    assert drift.mean_difference is not None
+    assert [level.difference.sign for level in drift.levels] == [-1, -1, 1, 1, 1]
+    assert [level.part for level in drift.turning] == [0.0, 0.25]
+
+
+def test_where_nothing_is_left_there_is_no_verdict() -> None:
     paths = [
         run("a", 0, [0, 1], [2.0, 1.0], [[0.0, 0.0], [0.4, 0.4]]),
         run("b", 0, [0, 1], [2.0, 2.5], [[0.0, 0.0], [0.4, 0.4]]),
+        run("c", 0, [0, 1, 2], [2.0, 0.5, 0.4], [[0.0, 0.0], [0.4, 0.4], [0.4, 0.5]]),
+        run("d", 0, [0, 1, 2], [2.0, 1.5, 0.8], [[0.0, 0.0], [0.1, 0.1], [0.4, 0.5]]),
     ]
-    (only,) = match(paths, "b", draws=10).matches
-    assert (only.levels, only.mean_difference, only.span) == ((), None, None)
+    never, coarse, one = match(paths, "a", draws=10).matches
+    assert (never.levels, never.mean_difference, never.span) == ((), None, None)
+    assert never.why_not == "b never got below the base model's target cross-entropy with every seed"
+    assert (coarse.levels, coarse.mean_difference, coarse.span) == ((), None, None)
+    assert coarse.why_not is not None
+    assert coarse.why_not.startswith("c is at 0.500 nats at the first checkpoint of a run, farther than what a reaches")
+    assert one.span == (1.0, 1.0)
+    assert [level.part for level in one.levels] == [1.0]
 
 
 def test_runs_that_cannot_be_compared() -> None:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.forgetting``: the rows, the gradient mass, the plan, going on after a kill, the page."""
+"""``python -m benchmarks.forgetting``: the rows, the gradient mass, the plan, going on after a kill."""
 
 from __future__ import annotations
 
@@ -11,20 +11,14 @@ import pytest
 import torch
 
 from benchmarks.forgetting import __main__ as program
-from benchmarks.forgetting import design, plan, report, results, rows, training
+from benchmarks.forgetting import design, plan, results, rows, training
 from benchmarks.forgetting.facts import CAPITALS, answer
-from benchmarks.forgetting.inputs import FILE, Inputs, split
-from benchmarks.forgetting.results import BASE, Line, Wanted
+from benchmarks.forgetting.inputs import FILE, split
+from benchmarks.forgetting.results import BASE, Wanted
 from benchmarks.forgetting.study import Study, make_runs
 from nemo_eaft import EAFTConfig, eaft_loss
-from nemo_eaft.compare.record import Sums, to_json
 from tests.data import support
-
-KNOWN = dict.fromkeys(list(CAPITALS)[:24], 0.9)
-ENTROPY = {country: 0.1 + 0.01 * number for number, country in enumerate(KNOWN)}
-INPUTS = Inputs(
-    KNOWN, ENTROPY, 92, [[0, 5, 6, 7], [0, 9, 8, 7, 6]], {f"What is {n}?": f"It is {n}." for n in range(30)}
-)
+from tests.forgetting.lines import ENTROPY, INPUTS, KNOWN, line
 
 
 @pytest.fixture(scope="module")
@@ -152,25 +146,6 @@ def test_the_plan_has_at_most_ninety_runs() -> None:
     assert {run.setting for run in plan.confirming(dict.fromkeys(design.METHODS, 1e-5))} == {*design.SETTINGS}
 
 
-def line(wanted: Wanted, target: float = 1.0, drift: float = 0.1) -> Line:
-    measures = {
-        "target": Sums((target, target), (1, 1)),
-        "exact": Sums((0.0, 1.0), (1, 1)),
-        "drift": Sums((drift, drift / 2), (1, 1)),
-        "text": Sums((2.0 + drift, 2.0), (1, 1)),
-        "probe": Sums((1.0, 1.0 if drift < 0.5 else 0.0), (1, 1)),
-        "answer": Sums((drift, drift), (1, 1)),
-    }
-    mass = {name: dict(zip(training.KINDS, (2.0, 1.0, 0.5), strict=True)) for name in ("sft", "eaft", "own", "tokens")}
-    points: list[dict[str, Any]] = [{"step": 40, "measures": to_json(measures), "mass": mass}]
-    if wanted.method == BASE:
-        points = [{"step": 0, "measures": to_json(measures)}]
-    return Line(
-        wanted.setting, wanted.method, wanted.learning_rate, wanted.seed, {}, points, "CPU", {"torch": "2"}, "d",
-        {"training": 90.0, "measuring": 30.0},
-    )  # fmt: skip
-
-
 def test_learning_rates_are_chosen_by_the_target_alone() -> None:
     """For sft the middle one is best in the mean, though best nowhere; the others wait for their runs."""
     targets = {("bfcl", 1e-5): 0.1, ("bfcl", 3e-5): 0.2, ("bfcl", 1e-4): 0.9,
@@ -218,42 +193,6 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path.write_text("{}\n" + path.read_text())
     with pytest.raises(results.WrongInput, match=r"bfcl\.jsonl, line 1"):
         results.read(tmp_path, "bfcl")
-
-
-def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
-    folder = tmp_path / "results"
-    folder.mkdir()
-    (folder / FILE).write_text(json.dumps(dataclasses.asdict(INPUTS)))
-    assert "Not measured yet." in report.page(folder)
-    results.append(folder, line(Wanted("bfcl", BASE, 0.0, 0), 2.0, 0.0))
-    for seed in range(3):
-        results.append(folder, line(Wanted("bfcl", "sft", 1e-5, seed), 1.0, 0.8))
-        results.append(folder, line(Wanted("bfcl", "eaft alpha=1", 1e-5, seed), 1.0, 0.2))
-        results.append(folder, line(Wanted("bfcl", "dft", 1e-5, seed), 2.5, 0.2))
-    written = report.write(folder)
-    page = (tmp_path / "README.md").read_text()
-    assert page == report.page(folder)
-    assert "eaft alpha=1 forgets less than sft by drift, KL(base || tuned)" in page
-    assert "dft against sft, drift, KL(base || tuned): the curves do not overlap" in page
-    assert "| sft | 1 to 40 | 0.500 | 0.500 | 0.500 | 0.250 | 0.250 | 0.250 |" in page
-    assert page.count("| bfcl | eaft alpha=1 | 1e-05 |") == 3
-    assert [path.relative_to(tmp_path).as_posix() for path in written[1:]] == [
-        f"figures/bfcl/{name}.png" for name in ("drift", "text", "probe", "answer")
-    ]
-    assert all(f"({path.relative_to(tmp_path).as_posix()})" in page for path in written[1:])
-    # The other way round it says the other thing.
-    swapped = tmp_path / "swapped" / "results"
-    for each in results.read(folder, "bfcl"):
-        names = {"sft": "eaft alpha=1", "eaft alpha=1": "sft"}
-        results.append(swapped, dataclasses.replace(each, method=names.get(each.method, each.method)))
-    assert "eaft alpha=1 forgets more than sft by drift" in report.page(swapped)
-
-
-def test_the_page_is_current() -> None:
-    home = results.FOLDER.parent
-    assert (home / report.README).read_text(encoding="utf-8") == report.page(results.FOLDER), (
-        "python -m benchmarks.forgetting --report writes it anew"
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+"""Which runs are compared, and what comes out: the one comparison that the study was made for, and all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.forgetting import design, plan, results
+from benchmarks.forgetting.results import BASE, Line
+from nemo_eaft.compare.matching import Interval, Match, Matching, match
+from nemo_eaft.compare.record import MEASURES
+from nemo_eaft.compare.report import by_chance, finding, judged, of_one_seed
+
+FORGETTING = tuple(name for name, each in MEASURES.items() if each.forgetting is not None)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Comparisons of one setting; None where there is nothing to compare."""
+
+    chosen: Matching | None
+    """Each method at its chosen learning rate, with all its seeds."""
+    all_rates: Matching | None
+    """Each method at the best of all learning rates at a level, with the seed of the tuning."""
+    one_rate: Matching | None
+    """Each method at the learning rate that is chosen for the reference, with the seed of the tuning."""
+
+    def all(self) -> list[Matching]:
+        return [each for each in (self.chosen, self.all_rates, self.one_rate) if each is not None]
+
+
+def compare(setting: str, lines: Sequence[Line], rates: Mapping[str, float]) -> Compared:
+    """lines: of the setting; rates: the chosen ones of the methods whose tuning is complete."""
+    return Compared(
+        _match(at_chosen(lines, rates)),
+        _match(_tuned(lines)) if setting in design.TUNED_ON else None,
+        _match(_at_one_rate(lines, rates)) if setting in design.TUNED_ON else None,
+    )
+
+
+def at_chosen(lines: Iterable[Line], rates: Mapping[str, float]) -> list[Line]:
+    """The base model and each method at its chosen learning rate; all lines of a method for which none is chosen."""
+    return [
+        line
+        for line in lines
+        if line.method == BASE or line.learning_rate == rates.get(line.method, line.learning_rate)
+    ]
+
+
+def _tuned(lines: Sequence[Line]) -> list[Line]:
+    """Those of the tuning, of the methods that have been tried with every learning rate."""
+    first = [line for line in lines if line.method == BASE or line.seed == 0]
+    tried = {
+        method: {line.learning_rate for line in first if line.method == method} for method in (*design.METHODS, BASE)
+    }
+    return [line for line in first if line.method == BASE or tried[line.method] >= set(design.RATES)]
+
+
+def _at_one_rate(lines: Sequence[Line], rates: Mapping[str, float]) -> list[Line]:
+    """Empty where every method has chosen that of the reference, so that nothing new is compared."""
+    rate = rates.get(design.REFERENCE)
+    if rate is None or set(rates.values()) == {rate}:
+        return []
+    return [line for line in lines if line.method == BASE or (line.seed == 0 and line.learning_rate == rate)]
+
+
+def _match(lines: Sequence[Line]) -> Matching | None:
+    # In the order of the design, whichever was run first: a method has the same colour in every picture.
+    order = (BASE, *design.METHODS)
+    courses = results.courses(sorted(lines, key=lambda line: order.index(line.method)))
+    methods = {course.method for course in courses}
+    return match(courses, design.REFERENCE) if design.REFERENCE in methods and len(methods) > 1 else None
+
+
+def primary(compared: Mapping[str, Compared], rates: Mapping[str, float]) -> str:
+    """The sentence of the comparison that was named before the runs."""
+    setting, method, measure = design.PRIMARY
+    matching = compared[setting].chosen
+    if matching is None or method not in matching.seeds:
+        return "Not measured yet."
+    (each,) = (each for each in matching.matches if (each.method, each.measure) == (method, measure))
+    both = (method, design.REFERENCE)
+    whole = all(name in rates and matching.seeds[name] == len(design.SEEDS[setting]) for name in both)
+    return finding(each, matching) + ("" if whole else " (Not final: some of its runs are still to be made.)")
+
+
+def secondary(compared: Mapping[str, Compared]) -> list[str]:
+    """How many other comparisons there are, how they came out, and what chance would do."""
+    others = [
+        (each, of_one_seed(each, matching))
+        for setting, of_setting in compared.items()
+        for matching in of_setting.all()
+        for each in judged(matching)
+        if (setting, each.method, each.measure) != design.PRIMARY or matching is not of_setting.chosen
+    ]
+    if not others:
+        return []
+    signs = [each.mean_difference.sign for each, _ in others if each.mean_difference is not None]
+    return [
+        f"All others are secondary. {by_chance(len(others), sum(alone for _, alone in others))} Here "
+        f"{signs.count(-1)} say *forgets less*, "
+        f"{signs.count(1)} *forgets more* and {signs.count(0)} *not shown to differ*.",
+        "",
+        f"They do not count one by one. All methods of a setting are compared with the same runs of "
+        f"{design.REFERENCE}, so that one unlucky run of it moves every one of them the same way; the "
+        f"{len(FORGETTING)} measures of a method are of the same runs, and two of them of the same questions; with the "
+        f"same seed the settings share rows; and the comparisons over all learning rates and at one learning rate use "
+        f"runs of the others again. A pattern over settings says more than their number.",
+    ]
+
+
+def learning_rates(lines: Sequence[Line]) -> list[str]:
+    """How each method's learning rate was chosen, and where the grid ends."""
+    chosen = plan.chosen_rates(lines)
+    if not chosen:
+        return ["No learning rate is chosen yet."]
+    best = {line.wanted: plan.best_target(line) for line in lines if line.method != BASE}
+    text = [
+        f"Lowest target cross-entropy of a run with seed 0, mean over {' and '.join(design.TUNED_ON)}, nats per token:",
+        "",
+        "| method | " + " | ".join(f"{rate:g}" for rate in design.RATES) + " | chosen |",
+        "| --- " * (len(design.RATES) + 2) + "|",
+    ]
+    edge = {min(design.RATES): "the lowest", max(design.RATES): "the highest"}
+    for method, rate in chosen.items():
+        means = [
+            sum(best[results.Wanted(setting, method, each, 0)] for setting in design.TUNED_ON) / len(design.TUNED_ON)
+            for each in design.RATES
+        ]
+        said = f"{rate:g}" + (f", {edge[rate]} that was tried" if rate in edge else "")
+        text.append(f"| {method} | " + " | ".join(f"{mean:.4f}" for mean in means) + f" | {said} |")
+    at_edge = [method for method, rate in chosen.items() if rate in edge]
+    if at_edge:
+        text += [
+            "",
+            f"At the edge of the grid: {', '.join(at_edge)}. A rate beyond it might have reached a lower target.",
+        ]
+    text += [
+        "",
+        "The chosen rates are the same for every method, so they play no part in the differences."
+        if len(set(chosen.values())) == 1
+        else "Where two methods have chosen different rates, method and learning rate are compared together. The tuned "
+        "settings are therefore compared twice more below: over all rates, and at one.",
+    ]
+    return text
+
+
+def table(matching: Matching) -> list[str]:
+    """Verdicts of one matching, a method in each line."""
+    methods = dict.fromkeys(each.method for each in matching.matches)
+    found = {(each.method, each.measure): each for each in matching.matches}
+    heads = [MEASURES[name].title.replace("|", "\\|") for name in FORGETTING]
+    text = [f"| method | range of target | {' | '.join(heads)} |", "| --- " * (len(FORGETTING) + 2) + "|"]
+    for method in methods:
+        matches = [found[method, measure] for measure in FORGETTING]
+        span = matches[0].span
+        where = "none" if span is None else f"{span[1]:.3f} to {span[0]:.3f}"
+        text.append(f"| {method} | {where} | {' | '.join(_cell(each) for each in matches)} |")
+    return text
+
+
+def _cell(each: Match) -> str:
+    if each.mean_difference is None:
+        return ""
+    interval: Interval = each.mean_difference
+    said = {-1: "**less** ", 0: "", 1: "**more** "}[interval.sign]
+    figure = f"{said}{interval.value:+.4f}"
+    if interval.low is not None and interval.high is not None:
+        figure += f" [{interval.low:+.4f}, {interval.high:+.4f}]"
+    return figure + (" (sign changes)" if each.turning else "")
