@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from nemo_eaft import compose as module
 from nemo_eaft.compose import CONF_DIR, compose, difference, from_mapping, load, save, shipped, to_mapping
-from nemo_eaft.settings import known_keys
+from nemo_eaft.settings import TrainerSettings, known_keys
 
 # What a shipped file leaves for the user to say; the others say everything.
 NEEDED = {"qwen2.5-0.5b": ["data.train=t.jsonl"], "qwen3-0.6b": ["data.train=t.jsonl"]}
@@ -44,6 +45,15 @@ def test_every_shipped_group_file_fits_some_run(path: Path) -> None:
         assert key in settings[group]
         if f"{group}.{key}" not in ("data.train", "data.validation", "model.hf"):
             assert settings[group][key] == value
+
+
+def test_trainer_files_show_every_setting() -> None:
+    """A setting that no file shows is found by nobody. A file on top of another one shows what it changes."""
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in (CONF_DIR / "trainer").glob("*.yaml")}
+    whole = {name: set(shown) for name, shown in files.items() if "defaults" not in shown}
+    assert sorted(whole) == ["demo", "node", "sft"]
+    for shown in whole.values():
+        assert shown == {entry.name for entry in fields(TrainerSettings)}
 
 
 def test_every_key_of_the_shipped_files_has_a_comment() -> None:

@@ -11,9 +11,39 @@ from nemo_eaft import compose
 from nemo_eaft.checkpoints import checkpoints_in, is_checkpoint, is_unfinished
 from nemo_eaft.ready import CONFIG
 from nemo_eaft.settings import Settings
+from nemo_eaft.settings_checks import warn
 
 START = Path(__file__).with_name("start.yaml")
 """What an analysis starts from."""
+
+WITHOUT_EFFECT = (
+    "data.validation_split",
+    "data.validation_rows",
+    "loss.check_replicas",
+    "trainer.max_steps",
+    "trainer.learning_rate",
+    "trainer.min_learning_rate",
+    "trainer.warmup_steps",
+    "trainer.weight_decay",
+    "trainer.adam_beta1",
+    "trainer.adam_beta2",
+    "trainer.clip_grad",
+    "trainer.recompute",
+    "trainer.distributed_optimizer",
+    "trainer.val_batches",
+    "trainer.save_every",
+    "trainer.keep_checkpoints",
+    "trainer.log_every",
+    "trainer.histogram_every",
+    "trainer.seed",
+    "run.name",
+    "run.wandb_project",
+    "run.stall_seconds",
+    "run.save_seconds",
+)
+"""Settings that only a training reads. They are checked like all others, and warned of where they are given.
+`data.packed_size` and `trainer.val_every` are not here: without packing and validation rows the settings warn of them
+themselves."""
 
 _BATCH = "trainer.global_batch_size"
 # Divisible by every number of rows and ranks that is likely; only until the real one is known.
@@ -48,6 +78,20 @@ def settings_of(model: str, data: str, overrides: Sequence[str]) -> tuple[Settin
         settings = replace(settings, trainer=replace(settings.trainer, global_batch_size=batch))
     _check(settings)
     return settings, weights
+
+
+def warn_without_effect(overrides: Sequence[str]) -> None:
+    """Warn of settings on the command line that an analysis does not read.
+
+    The keys are what counts, not values other than the default: only words of the user name one of these settings.
+    """
+    given = {word.partition("=")[0].lstrip("+") for word in overrides}
+    named = [key for key in WITHOUT_EFFECT if key in given]
+    if named:
+        warn(
+            f"{', '.join(named)} {'has' if len(named) == 1 else 'have'} no effect: analyze reads the rows once, in "
+            f"their order; it does not train, saves no checkpoints and does not end a stalled job"
+        )
 
 
 def _check(settings: Settings) -> None:

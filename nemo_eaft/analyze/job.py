@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nemo_eaft.analyze import state as states
-from nemo_eaft.analyze.inputs import settings_of
+from nemo_eaft.analyze.inputs import settings_of, warn_without_effect
 from nemo_eaft.integrity import SUMS, faults
 from nemo_eaft.launch import LAUNCHER, check_world, launched, run_local, tell_torchrun, write_error
 from nemo_eaft.machine import check_machine
@@ -31,6 +31,9 @@ def run(model: str, data: str, overrides: Sequence[str]) -> int:
     """See ``command.run``."""
     settings, weights = settings_of(model, data, overrides)
     place = launched()
+    if LAUNCHER not in os.environ and (place is None or place[0] == 0):
+        # Once, and not by every rank.
+        warn_without_effect(overrides)
     if place is not None:
         return _rank(settings, weights, *place)
     ready = _make_ready(settings, weights)

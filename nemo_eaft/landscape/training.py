@@ -28,12 +28,13 @@ _log = logging.getLogger(__name__)
 FILE = "landscape.jsonl"
 """File in ``run.dir``: one object for each step with a landscape."""
 PERCENTILES = (5, 25, 50, 75, 95)
+# TensorBoard takes each name for a regular expression and shows all that begins so: p5 would be p50 as well.
 _LAYOUT = {
     "EAFT": {
-        "loss: what is trained on, and plain": ["Multiline", ["eaft/loss", "eaft/cross_entropy"]],
-        "confident conflicts": ["Multiline", ["eaft/conflict_fraction"]],
-        "entropy / normaliser, percentiles": ["Multiline", [f"eaft/entropy_p{part}" for part in PERCENTILES]],
-        "weight, percentiles": ["Multiline", [f"eaft/weight_p{part}" for part in PERCENTILES]],
+        "loss: what is trained on, and plain": ["Multiline", ["eaft/loss$", "eaft/cross_entropy$"]],
+        "confident conflicts": ["Multiline", ["eaft/conflict_fraction$"]],
+        "entropy / normaliser, percentiles": ["Multiline", [f"eaft/entropy_p{part}$" for part in PERCENTILES]],
+        "weight, percentiles": ["Multiline", [f"eaft/weight_p{part}$" for part in PERCENTILES]],
     }
 }
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 
 from nemo_eaft import cli, compose
 from nemo_eaft.analyze import job
-from nemo_eaft.analyze.inputs import settings_of
-from nemo_eaft.settings import Settings
+from nemo_eaft.analyze.inputs import WITHOUT_EFFECT, settings_of, warn_without_effect
+from nemo_eaft.settings import Settings, known_keys
 from tests.commands import home, make_checkpoint, run  # noqa: F401, a fixture
 
 CPU = ["run.backend=cpu", "trainer.precision=fp32"]
+# What an analysis reads or refuses, or the settings themselves warn of where it has no effect.
+READ = {
+    *("model.hf", "model.imported", "model.tokenizer", "model.trust_remote_code"),
+    *("data.train", "data.validation", "data.train_split", "data.subset", "data.mapping", "data.messages_column"),
+    *("data.tools_column", "data.prompt_column", "data.response_column", "data.reasoning_column", "data.system_column"),
+    *("data.system", "data.prompt_template", "data.packed", "data.packed_size", "data.on_bad_row", "data.num_workers"),
+    *("loss.gate", "loss.alpha", "loss.top_k", "loss.normalizer", "loss.gate_slope", "loss.gate_centre"),
+    *("loss.conflict_probability", "loss.conflict_entropy", "loss.fused_linear"),
+    *("parallel.tensor", "parallel.pipeline", "parallel.last_stage_layers", "parallel.virtual_pipeline"),
+    *("parallel.context", "parallel.expert", "parallel.sequence"),
+    *("trainer.num_nodes", "trainer.gpus_per_node", "trainer.micro_batch_size", "trainer.global_batch_size"),
+    *("trainer.seq_length", "trainer.precision", "trainer.val_every"),
+    *("run.dir", "run.resume", "run.backend", "run.max_restarts"),
+}
 
 
 @pytest.fixture
@@ -98,6 +113,23 @@ def test_settings_that_are_refused(override: str, said: str, capsys: pytest.Capt
     assert said in error
 
 
+def test_each_setting_is_read_or_warned_of() -> None:
+    """A new setting belongs in one of the two lists."""
+    assert sorted([*READ, *WITHOUT_EFFECT]) == sorted(known_keys())
+
+
+def test_settings_without_effect_are_named_once() -> None:
+    given = ["run.stall_seconds=900", *CPU, "+trainer.max_steps=7", "loss=sft", "data.subset=run.name=x"]
+    with pytest.warns(UserWarning, match="no effect") as said:
+        warn_without_effect(given)
+    assert [str(warning.message).partition(":")[0] for warning in said] == [
+        "trainer.max_steps, run.stall_seconds have no effect"
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_without_effect([*CPU, "loss.alpha=2", "run.max_restarts=1", "data.subset=run.name=x"])
+
+
 def test_a_damaged_checkpoint_and_a_missing_file_are_told_before_anything_is_written(
     trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,8 +142,10 @@ def test_a_damaged_checkpoint_and_a_missing_file_are_told_before_anything_is_wri
     monkeypatch.setattr(job, "run_local", launch)
     monkeypatch.chdir(trained.parent)
     rows, words = str(trained.parent / "train.jsonl"), ["trainer.seq_length=64", *CPU]
-    assert cli.main(["analyze", str(trained), "nowhere.jsonl", *words]) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert cli.main(["analyze", str(trained), "nowhere.jsonl", *words, "run.stall_seconds=60"]) == 2
+    error = capsys.readouterr().err
+    assert "no such file" in error
+    assert error.count("nemo-eaft: warning: run.stall_seconds has no effect") == 1
     (trained / "checkpoints" / "model-step=3" / "weights" / "common.pt").write_text("other")
     assert cli.main(["analyze", str(trained), rows, *words]) == 2
     assert "common.pt" in capsys.readouterr().err

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
+from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from torch.utils.tensorboard import SummaryWriter
 
 from nemo_eaft.config import EAFTConfig
@@ -69,6 +76,40 @@ def test_tensorboard_has_it(run: Run) -> None:
         assert values == pytest.approx([line[name] for line in lines(run.dir)], rel=1e-6)
     # What is trained on and the plain loss, in one chart.
     assert {"eaft/loss", "eaft/cross_entropy", "eaft/conflict_fraction"} <= set(tags["scalars"])
+
+
+def test_tensorboards_custom_scalars_show_the_curves_that_their_titles_name(run: Run) -> None:
+    """By the code of TensorBoard that fills the charts of the tab *custom scalars*."""
+    folder = str(run.dir / "tensorboard")
+    multiplexer = EventMultiplexer({"run": folder})
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, folder)
+    plugins: dict[str, Any] = {}
+    board = TBContext(logdir=folder, multiplexer=multiplexer, data_provider=provider, plugin_name_to_instance=plugins)
+    plugins["scalars"] = ScalarsPlugin(board)
+    custom, request = CustomScalarsPlugin(board), RequestContext()
+    (category,) = json.loads(custom.layout_impl(request, ""))["category"]
+    shown: dict[str, dict[str, list[float]]] = {}
+    for chart in category["chart"]:
+        curves = shown[chart["title"]] = {}
+        for pattern in chart["multiline"]["tag"]:
+            found = custom.scalars_impl(request, "run", pattern, "")["tag_to_events"]
+            assert len(found) == 1, f"{pattern} shows {sorted(found)}"
+            curves |= {tag: [value for _, _, value in events] for tag, events in found.items()}
+    names = {
+        "loss: what is trained on, and plain": ["loss", "cross_entropy"],
+        "confident conflicts": ["conflict_fraction"],
+        "entropy / normaliser, percentiles": [f"entropy_p{part}" for part in PERCENTILES],
+        "weight, percentiles": [f"weight_p{part}" for part in PERCENTILES],
+    }
+    assert list(shown) == list(names)
+    for title, wanted in names.items():
+        # The curves of each step, from the files that no TensorBoard wrote.
+        written = run.steps if wanted[0] in run.steps[0] else lines(run.dir)
+        expected = {f"eaft/{name}": [step[name] for step in written] for name in wanted}
+        assert list(shown[title]) == list(expected)
+        for tag, values in expected.items():
+            assert shown[title][tag] == pytest.approx(values, rel=1e-6), tag
 
 
 def test_only_every_nth_step_and_a_resume_repeats_none(tmp_path: Path) -> None:
