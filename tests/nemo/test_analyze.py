@@ -56,11 +56,13 @@ class Bench:
         prepare(settings, AutoTokenizer.from_pretrained(hf))
         return settings
 
+    def ready(self) -> Ready:
+        return Ready(self.workshop.nemo("llama"), False)
+
     def analyze(self, name: str, world: int = 1, **changes: Any) -> State:
-        settings = self.settings(name, world=world, **changes)
-        checkpoint = self.workshop.nemo("llama")
-        assert run_ranks(analyzing.analyze, world, settings, checkpoint) == [True] * world
-        return state.load(settings, Ready(checkpoint, False))
+        settings, ready = self.settings(name, world=world, **changes), self.ready()
+        assert run_ranks(analyzing.analyze, world, settings, ready) == [True] * world
+        return state.load(settings, ready)
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +134,10 @@ def test_every_layout_gives_the_same(bench: Bench, one: State, world: int, paral
 
 
 def test_killed_and_started_again_is_the_same_bit_for_bit(bench: Bench, one: State) -> None:
-    settings, checkpoint = bench.settings("analyze-killed"), bench.workshop.nemo("llama")
-    run_ranks(analyzing.analyze, 1, settings, checkpoint, 1, dies=True)
-    ready = Ready(checkpoint, False)
+    settings, ready = bench.settings("analyze-killed"), bench.ready()
+    run_ranks(analyzing.analyze, 1, settings, ready, 1, dies=True)
     assert state.load(settings, ready).rows_done == 2 * collect.EVERY
-    assert run_ranks(analyzing.analyze, 1, settings, checkpoint) == [True]
+    assert run_ranks(analyzing.analyze, 1, settings, ready) == [True]
     again = state.load(settings, ready)
     assert json.dumps(again.tally.to_json()) == json.dumps(one.tally.to_json())
 
