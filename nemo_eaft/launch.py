@@ -17,6 +17,7 @@ import traceback
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,21 @@ PROCESS = uuid.uuid4().hex
 _PROMPT = 5.0
 """Seconds: an error older than that when the agent saw a rank killed was not its consequence."""
 _PACKAGE = str(Path(__file__).parent) + os.sep
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the ranks of a job run, and how its messages speak of it."""
+
+    module: str = "nemo_eaft.train"
+    arguments: str = "CONF"
+    unit: str = "step"
+    """What `stopped.json` counts."""
+    stops: str = "at the next step"
+    """When a request to stop is heeded."""
+
+
+TRAINING = Program()
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
@@ -101,7 +117,7 @@ def check_world(settings: Settings, ranks: int) -> None:
         )
 
 
-def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft.train") -> int:
+def run_local(settings: Settings, arguments: list[str], program: Program = TRAINING) -> int:
     """Start the ranks of a one-machine run with ``torchrun`` and wait for them.
 
     SIGTERM or SIGUSR1 to this process asks the run to stop (:mod:`nemo_eaft.stop`), a second one ends it at once.
@@ -109,7 +125,7 @@ def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft
     Args:
         settings: checked and made ready.
         arguments: configuration and overrides, for each rank.
-        module: what each rank runs.
+        program: what each rank runs.
 
     Returns:
         0; 75 if the run was stopped on request; 1 or 2 by the rank that failed first. The reason is printed.
@@ -124,7 +140,7 @@ def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft
     if trainer.num_nodes > 1:
         raise ValueError(
             f"trainer.num_nodes={trainer.num_nodes}: several machines need one torchrun (or srun) on each, "
-            f"torchrun ... -m nemo_eaft.train CONF; see examples/slurm"
+            f"torchrun ... -m {program.module} {program.arguments}; see examples/slurm"
         )
     run_dir = Path(settings.run.dir)
     (run_dir / ERROR).unlink(missing_ok=True)
@@ -139,7 +155,8 @@ def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft
         # --standalone: the system chooses the port, so two runs on a machine do not meet.
         command = [sys.executable, "-m", "nemo_eaft.agent", str(report), "--standalone", "--nnodes=1"]
         command += [f"--nproc-per-node={trainer.gpus_per_node}", f"--max-restarts={settings.run.max_restarts}"]
-        code = _wait(subprocess.Popen([*command, "-m", module, *arguments], env=environment), run_dir)
+        ranks = subprocess.Popen([*command, "-m", program.module, *arguments], env=environment)
+        code = _wait(ranks, run_dir, program)
         killed = read_report(report)
     if code != 0:
         return _explain(run_dir / ERROR, code, killed)
@@ -148,14 +165,14 @@ def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft
         return 0
     where = f", saved in {stopped.checkpoint}" if stopped.checkpoint else ", not saved: the run keeps no checkpoints"
     print(
-        f"nemo-eaft: stopped on request ({stopped.reason}) after step {stopped.step}{where}; "
+        f"nemo-eaft: stopped on request ({stopped.reason}) after {program.unit} {stopped.step}{where}; "
         f"the same command continues the run",
         file=sys.stderr,
     )
     return stop.EXIT_STOPPED
 
 
-def _wait(child: subprocess.Popen[bytes], run_dir: Path) -> int:
+def _wait(child: subprocess.Popen[bytes], run_dir: Path, program: Program) -> int:
     """Exit code of torchrun, which this process outlives to say why it ended."""
     from nemo_eaft import stop
 
@@ -174,7 +191,7 @@ def _wait(child: subprocess.Popen[bytes], run_dir: Path) -> int:
             print(f"nemo-eaft: {name}: {run_dir / stop.REQUEST} cannot be written: {error}", file=sys.stderr)
             child.send_signal(signal.SIGTERM)
             return
-        text = f"nemo-eaft: {name}: the run is asked to stop at the next step; {name} once more ends it at once"
+        text = f"nemo-eaft: {name}: the run is asked to stop {program.stops}; {name} once more ends it at once"
         print(text, file=sys.stderr, flush=True)
 
     def outlive(number: int, frame: FrameType | None) -> None:

@@ -335,6 +335,15 @@ def _check_imported(folder: Path, weights: bool) -> None:
         raise ValueError(f"the converted checkpoint {folder} is damaged; remove it to convert anew:\n  {listed}")
 
 
+def check_place(folder: Path) -> None:
+    """Refuse a ``run.dir`` that is a file, or a link to nothing."""
+    link = dangling(folder)
+    if link is not None:
+        raise ValueError(f"run.dir={folder}: {link} is a link to {os.readlink(link)}, which is not there")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run.dir={folder} is a file")
+
+
 def check_run_dir(settings: Settings, allow_change: bool = False) -> list[str]:
     """Refuse a ``run.dir`` that belongs to another run.
 
@@ -349,11 +358,7 @@ def check_run_dir(settings: Settings, allow_change: bool = False) -> list[str]:
         ValueError: with the settings that differ.
     """
     folder = Path(settings.run.dir)
-    link = dangling(folder)
-    if link is not None:
-        raise ValueError(f"run.dir={folder}: {link} is a link to {os.readlink(link)}, which is not there")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run.dir={folder} is a file")
+    check_place(folder)
     checkpoints = checkpoints_in(folder)
     different: list[str] = []
     if (folder / CONFIG).is_file():

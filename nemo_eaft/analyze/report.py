@@ -16,6 +16,8 @@ from nemo_eaft.settings import Settings
 
 PICTURE = "landscape.png"
 """File in ``run.dir``."""
+FILES = (summaries.FILE, PICTURE, PAGE)
+"""All that a finished analysis leaves for its reader; the first is written last."""
 
 
 def write_report(settings: Settings, state: State, model: str, vocab_size: int, tokenizer: Any) -> dict[str, Any]:

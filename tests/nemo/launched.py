@@ -116,9 +116,9 @@ def start(settings: Settings, checkpoint: Path, sabotage: Sabotage | None = None
     ranks = settings.trainer.gpus_per_node
     if torchrun is None:
         code = (
-            "import sys; from nemo_eaft.compose import compose; from nemo_eaft.launch import run_local; "
+            "import sys; from nemo_eaft.compose import compose; from nemo_eaft.launch import Program, run_local; "
             "from nemo_eaft.ready import make_ready; settings = compose(sys.argv[1], []); make_ready(settings); "
-            f"sys.exit(run_local(settings, sys.argv[1:], module={MODULE!r}))"
+            f"sys.exit(run_local(settings, sys.argv[1:], Program({MODULE!r})))"
         )
         command = [sys.executable, "-c", code, str(conf)]
     else:
