@@ -41,7 +41,8 @@ def write_report(settings: Settings, state: State, model: str, vocab_size: int, 
         f"{conflicts['share_of_gated_gradient']:.1%} with "
         f"{f'EAFT, alpha {config.alpha:g}' if config.gate == 'eaft' else f'gate {config.gate}'}"
     )
-    note = f"{model} on {Path(settings.data.train).name}: {tally.tokens:,} answer tokens of {tally.rows:,} rows"
+    # Two lines: names may be long, and are what is cut.
+    note = f"{model} on {Path(settings.data.train).name}\n{tally.tokens:,} answer tokens of {tally.rows:,} rows"
     figure = draw(Picture(tally.grid, config, vocab_size, title, note))
     with replacing(run_dir / PICTURE) as temporary:
         figure.savefig(temporary, format="png")
