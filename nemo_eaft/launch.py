@@ -15,8 +15,9 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -65,6 +66,15 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | N
     if "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1:
         return int(environment["SLURM_PROCID"]), int(tasks)
     return None
+
+
+@contextmanager
+def warned_once() -> Iterator[None]:
+    """For reading settings, which warn: ranks are silent where their launcher has read the same ones."""
+    with warnings.catch_warnings():
+        if LAUNCHER in os.environ:
+            warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def job_identity(environment: Mapping[str, str] = os.environ) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,20 @@ def test_several_machines_are_not_started_from_one(tmp_path: Path) -> None:
         run_local(settings(tmp_path, nodes=2), [])
     with pytest.raises(ValueError, match=r"-m nemo_eaft\.analyze MODEL DATA;"):
         run_local(settings(tmp_path, nodes=2), [], analyze.PROGRAM)
+
+
+def test_a_rank_does_not_repeat_what_its_launcher_has_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read() -> int:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with launch.warned_once():
+                warnings.warn("a setting has no effect", stacklevel=1)
+            warnings.warn("later", stacklevel=1)
+        return len(said)
+
+    assert read() == 2
+    monkeypatch.setenv(launch.LAUNCHER, "its process")
+    assert read() == 1
 
 
 def caught(call: Any) -> BaseException:

@@ -20,6 +20,7 @@ from nemo_eaft.launch import (
     launched,
     run_local,
     tell_torchrun,
+    warned_once,
     write_error,
 )
 from nemo_eaft.machine import check_machine
@@ -42,7 +43,8 @@ PROGRAM = Program("nemo_eaft.analyze", "MODEL DATA", "row", "when the rows that 
 
 def run(model: str, data: str, overrides: Sequence[str]) -> int:
     """See ``command.run``."""
-    settings, weights = settings_of(model, data, overrides)
+    with warned_once():
+        settings, weights = settings_of(model, data, overrides)
     place = launched()
     if LAUNCHER not in os.environ and (place is None or place[0] == 0):
         # Once, and not by every rank.
