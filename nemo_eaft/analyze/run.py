@@ -99,6 +99,9 @@ class _States:
             states.save(self._state, run_dir)
             self._progress.show(done, self._read)
         if done == self._rows:
+            if first:
+                # As at the end of a training: a request that came too late stops nothing.
+                (run_dir / stop.REQUEST).unlink(missing_ok=True)
             return
         reason = stop.asked(run_dir, look=first)
         device = torch.device("cuda") if self._settings.run.backend == "cuda" else torch.device("cpu")

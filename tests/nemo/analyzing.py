@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 
 from nemo_eaft import stop
@@ -17,12 +18,15 @@ from tests.nemo.ranks import DIES
 
 
 class _WeightsAlone(Callback):
-    """Refuses what only a training needs: gradient buffers and an optimizer."""
+    """Refuses what only a training needs: gradient buffers, an optimizer, weights of more bytes."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         chunks = list(trainer.strategy.megatron_parallel)
         named = [pair for chunk in chunks for pair in chunk.named_parameters()]
-        assert named
+        assert {each.dtype for _, each in named} == {self._dtype}
         assert not [name for name, each in named if hasattr(each, "main_grad")]
         assert not trainer.optimizers, trainer.optimizers
 
@@ -48,10 +52,11 @@ def analyze(
             os.kill(os.getpid(), signal.SIGUSR1)
 
     build = run._trainer
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.trainer.precision]
 
     def watched(*args: Any) -> Any:
         trainer = build(*args)
-        trainer.callbacks.append(_WeightsAlone())
+        trainer.callbacks.append(_WeightsAlone(dtype))
         return trainer
 
     state.save = saved  # type: ignore[assignment]

@@ -24,7 +24,7 @@ from nemo_eaft.checkpoints import checkpoints_in
 from nemo_eaft.data import prepare
 from nemo_eaft.ready import CONFIG, Ready
 from nemo_eaft.settings import Settings
-from nemo_eaft.stop import EXIT_STOPPED, read_stopped
+from nemo_eaft.stop import EXIT_STOPPED, REQUEST, read_stopped, request
 from tests.nemo import analyzing, jobs, launched, models, reference
 from tests.nemo.conftest import Run, Workshop
 from tests.nemo.ranks import run_ranks
@@ -141,6 +141,13 @@ def test_every_layout_gives_the_same(bench: Bench, one: State, world: int, paral
     assert [row.row for row in found.top_rows] == [row.row for row in tally.top_rows]
 
 
+def test_in_bf16_as_on_a_gpu(bench: Bench, one: State) -> None:
+    """The model is in one wrapper more then, and its weights take two bytes each."""
+    found, tally = bench.analyze("analyze-bf16", trainer={"precision": "bf16"}).tally, one.tally
+    assert (found.rows, found.tokens, found.not_finite) == (tally.rows, tally.tokens, 0)
+    assert np.allclose(found.sums[:5], tally.sums[:5], rtol=0.03)
+
+
 def test_killed_and_started_again_is_the_same_bit_for_bit(bench: Bench, one: State) -> None:
     settings, ready = bench.settings("analyze-killed"), bench.ready()
     run_ranks(analyzing.analyze, 1, settings, ready, 1, dies=True)
@@ -194,12 +201,16 @@ def test_asked_to_stop_and_started_again_with_other_micro_batches(bench: Bench, 
     ready, done = bench.ready(), 0
     for trainer, asked in (({}, 1), ({"micro_batch_size": 1, "global_batch_size": 1}, 1), ({}, None)):
         settings = bench.settings("analyze-asked", trainer=trainer)
+        if asked is None:
+            # Too late: it is seen when all rows are counted.
+            request(Path(settings.run.dir), "by the test")
         assert run_ranks(analyzing.analyze, 1, settings, ready, None, asked) == [asked is None]
         done += collect.EVERY * settings.trainer.global_batch_size
         if asked is not None:
             note = read_stopped(Path(settings.run.dir))
             assert note is not None
             assert (note.step, state.load(settings, ready).rows_done) == (done, done)
+    assert not (Path(settings.run.dir) / REQUEST).exists()
     again = state.load(settings, ready)
     assert again.rows_done == ROWS
     assert again.tally.rows == ROWS
