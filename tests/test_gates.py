@@ -83,7 +83,7 @@ def test_the_page_has_every_gate_with_its_formula_and_its_keys() -> None:
         if gate in ("mask", "stock"):
             continue
         code = formula.strip(" `")
-        config = EAFTConfig(gate=gate)
+        config = EAFTConfig(gate=gate)  # type: ignore[arg-type]
         for ce, ratio in POINTS:
             names = {"p": math.exp(-ce), "h": ratio, "exp": math.exp, "alpha": config.alpha}
             names |= {"gate_slope": config.gate_slope, "gate_centre": config.gate_centre}

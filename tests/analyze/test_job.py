@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from nemo_eaft import launch, stop
+from nemo_eaft import launch, ready, stop
 from nemo_eaft.analyze import job, progress
-from nemo_eaft.ready import READY
 from nemo_eaft.restart import OWN_STORES
 from tests.commands import home, run  # noqa: F401, a fixture
 
@@ -65,18 +64,18 @@ def test_what_an_older_job_left_is_not_taken_for_this_ones(
     rank.setattr(restart, "name_this_start", lambda: named.append(True))
     (home / "run").mkdir()
     (home / "run" / launch.ERROR).write_text("{}")
-    (home / "run" / READY).write_text("{}")
+    (home / "run" / ready.READY).write_text("{}")
     seen: list[bool] = []
-    open_model = job.open_model
+    open_model = ready.open_model
 
     def opened(settings: Any) -> Any:
-        seen.append((home / "run" / READY).exists() or (home / "run" / launch.ERROR).exists())
+        seen.append((home / "run" / ready.READY).exists() or (home / "run" / launch.ERROR).exists())
         return open_model(settings)
 
     rank.setattr(job, "open_model", opened)
     assert run(capsys, *words)[0] == 0
     assert (named, seen) == ([True], [False])
-    assert json.loads((home / "run" / READY).read_text())["finished"] is False
+    assert json.loads((home / "run" / ready.READY).read_text())["finished"] is False
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,8 @@ def analyze(
     build = run._trainer
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.trainer.precision]
 
-    def watched(*args: Any) -> Any:
-        trainer = build(*args)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        trainer = build(*args, **kwargs)
         trainer.callbacks.append(_WeightsAlone(dtype))
         return trainer
 

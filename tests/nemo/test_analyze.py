@@ -228,6 +228,8 @@ def trained(bench: Bench) -> Run:
     return run
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_from_the_shell(
     bench: Bench, one: State, trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
