@@ -230,11 +230,6 @@ class TrainerSettings:
                 f"trainer.warmup_steps={self.warmup_steps} must be below trainer.max_steps={self.max_steps}: a short "
                 "run needs a shorter warm-up"
             )
-        if self.histogram_every > self.max_steps:
-            _warn(
-                f"trainer.histogram_every={self.histogram_every} has no effect beyond trainer.max_steps="
-                f"{self.max_steps}: no step has a landscape; 0 says never"
-            )
         _finite("trainer.weight_decay", self.weight_decay, 0.0)
         _finite("trainer.clip_grad", self.clip_grad, 0.0)
         for key in ("adam_beta1", "adam_beta2"):
