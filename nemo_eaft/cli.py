@@ -174,10 +174,12 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from nemo_eaft import launch
     from nemo_eaft.compose import compose
 
     # Before torch is imported: most mistakes are in these words.
-    settings = compose(arguments.conf, arguments.overrides)
+    with launch.warned_once():
+        settings = compose(arguments.conf, arguments.overrides)
     from nemo_eaft import stop
     from nemo_eaft.launch import check_world, forget_errors, launched, run_local, tell_torchrun, write_error
     from nemo_eaft.ready import check_run_dir, make_ready, wait_ready

@@ -15,7 +15,7 @@ import os
 import re
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -38,7 +38,13 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
 
 
-def compose(conf: str, overrides: Iterable[str] = (), unused: Iterable[str] = ()) -> Settings:
+Finish = Callable[[dict[str, Any]], dict[str, Any]]
+"""The groups of settings by name, each checked by itself, to those that are checked together."""
+
+
+def compose(
+    conf: str, overrides: Iterable[str] = (), unused: Iterable[str] = (), finish: Finish | None = None
+) -> Settings:
     """Read one configuration and apply overrides.
 
     Args:
@@ -46,6 +52,7 @@ def compose(conf: str, overrides: Iterable[str] = (), unused: Iterable[str] = ()
             groups in its defaults list, and groups of its own beside it.
         overrides: ``group.key=value`` (``trainer.max_steps=5``), or ``group=file`` (``loss=sft``).
         unused: full keys of text settings that the caller does not read; where one is not given, it is ``unused``.
+        finish: fills in what follows from other groups.
 
     Raises:
         ValueError: anything wrong in the file or the overrides, naming key, value and what is allowed.
@@ -89,12 +96,12 @@ def compose(conf: str, overrides: Iterable[str] = (), unused: Iterable[str] = ()
     finally:
         GlobalHydra.instance().clear()
     assert isinstance(mapping, dict)
-    settings = from_mapping(mapping, where=conf)
+    settings = from_mapping(mapping, conf, finish)
     _refuse_secrets(settings)
     return settings
 
 
-def from_mapping(mapping: Mapping[Any, Any], where: str = "configuration") -> Settings:
+def from_mapping(mapping: Mapping[Any, Any], where: str = "configuration", finish: Finish | None = None) -> Settings:
     """Build settings from nested plain values, refusing unknown keys and wrong types.
 
     Raises:
@@ -115,7 +122,7 @@ def from_mapping(mapping: Mapping[Any, Any], where: str = "configuration") -> Se
                 f"defaults list"
             )
         groups[name] = _group(name, hints[name], values, where)
-    return Settings(**groups)
+    return Settings(**(groups if finish is None else finish(groups)))
 
 
 def _refuse_references(path: Path) -> None:

@@ -4,8 +4,8 @@ Legend, for every function here:
     cross_entropy  [...] float, nats, of the label over the true vocabulary
     entropy_ratio  [...] float, H / normaliser, in [0, 1] with the paper's normaliser
     returns        [...] float of the same dtype
-The loss treats every weight as a constant: no gradient flows through it. Sources are sections of arXiv
-2601.02151 unless said otherwise.
+The loss treats every weight as a constant: no gradient flows through it. docs/gates.md has them in one table, with
+their sources.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def is_conflict(cross_entropy: Tensor, entropy_ratio: Tensor, config: EAFTConfig
 
 
 def _eaft(cross_entropy: Tensor, entropy_ratio: Tensor, config: EAFTConfig) -> Tensor:
-    """``entropy_ratio ** alpha``, the paper's weight. ``x ** 0`` is 1 for every x, so alpha=0 needs no
+    """``entropy_ratio ** alpha``, the weight of arXiv 2601.02151. ``x ** 0`` is 1 for every x, so alpha=0 needs no
     case."""
     return entropy_ratio**config.alpha
 
@@ -52,12 +52,12 @@ def _dft(cross_entropy: Tensor, entropy_ratio: Tensor, config: EAFTConfig) -> Te
 
 
 def _mask(cross_entropy: Tensor, entropy_ratio: Tensor, config: EAFTConfig) -> Tensor:
-    """0 at a confident conflict and 1 elsewhere: the hard mask of the paper's pilot study."""
+    """0 at a confident conflict and 1 elsewhere: the hard mask of the pilot study of arXiv 2601.02151."""
     return (~is_conflict(cross_entropy, entropy_ratio, config)).to(cross_entropy.dtype)
 
 
 def _sigmoid(cross_entropy: Tensor, entropy_ratio: Tensor, config: EAFTConfig) -> Tensor:
-    """``sigmoid(gate_slope * (entropy_ratio - gate_centre))``: a soft threshold on the entropy."""
+    """``sigmoid(gate_slope * (entropy_ratio - gate_centre))``: a soft threshold on the entropy, of this package."""
     return torch.sigmoid(config.gate_slope * (entropy_ratio - config.gate_centre))
 
 

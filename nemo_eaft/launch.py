@@ -15,8 +15,10 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,21 @@ _PROMPT = 5.0
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
 
+@dataclass(frozen=True)
+class Program:
+    """What the ranks of a job run, and how its messages speak of it."""
+
+    module: str = "nemo_eaft.train"
+    arguments: str = "CONF"
+    unit: str = "step"
+    """What `stopped.json` counts."""
+    stops: str = "at the next step"
+    """When a request to stop is heeded."""
+
+
+TRAINING = Program()
+
+
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
     """Rank and number of ranks if ``torchrun`` or ``srun`` started this process as one of several, else None.
 
@@ -49,6 +66,15 @@ def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | N
     if "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1:
         return int(environment["SLURM_PROCID"]), int(tasks)
     return None
+
+
+@contextmanager
+def warned_once() -> Iterator[None]:
+    """For reading settings, which warn: ranks are silent where their launcher has read the same ones."""
+    with warnings.catch_warnings():
+        if LAUNCHER in os.environ:
+            warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def job_identity(environment: Mapping[str, str] = os.environ) -> str:
@@ -101,7 +127,7 @@ def check_world(settings: Settings, ranks: int) -> None:
         )
 
 
-def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft.train") -> int:
+def run_local(settings: Settings, arguments: list[str], program: Program = TRAINING) -> int:
     """Start the ranks of a one-machine run with ``torchrun`` and wait for them.
 
     SIGTERM or SIGUSR1 to this process asks the run to stop (:mod:`nemo_eaft.stop`), a second one ends it at once.
@@ -109,7 +135,7 @@ def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft
     Args:
         settings: checked and made ready.
         arguments: configuration and overrides, for each rank.
-        module: what each rank runs.
+        program: what each rank runs.
 
     Returns:
         0; 75 if the run was stopped on request; 1 or 2 by the rank that failed first. The reason is printed.
@@ -124,7 +150,7 @@ def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft
     if trainer.num_nodes > 1:
         raise ValueError(
             f"trainer.num_nodes={trainer.num_nodes}: several machines need one torchrun (or srun) on each, "
-            f"torchrun ... -m nemo_eaft.train CONF; see examples/slurm"
+            f"torchrun ... -m {program.module} {program.arguments}; see examples/slurm"
         )
     run_dir = Path(settings.run.dir)
     (run_dir / ERROR).unlink(missing_ok=True)
@@ -139,7 +165,8 @@ def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft
         # --standalone: the system chooses the port, so two runs on a machine do not meet.
         command = [sys.executable, "-m", "nemo_eaft.agent", str(report), "--standalone", "--nnodes=1"]
         command += [f"--nproc-per-node={trainer.gpus_per_node}", f"--max-restarts={settings.run.max_restarts}"]
-        code = _wait(subprocess.Popen([*command, "-m", module, *arguments], env=environment), run_dir)
+        ranks = subprocess.Popen([*command, "-m", program.module, *arguments], env=environment)
+        code = _wait(ranks, run_dir, program)
         killed = read_report(report)
     if code != 0:
         return _explain(run_dir / ERROR, code, killed)
@@ -148,14 +175,14 @@ def run_local(settings: Settings, arguments: list[str], module: str = "nemo_eaft
         return 0
     where = f", saved in {stopped.checkpoint}" if stopped.checkpoint else ", not saved: the run keeps no checkpoints"
     print(
-        f"nemo-eaft: stopped on request ({stopped.reason}) after step {stopped.step}{where}; "
+        f"nemo-eaft: stopped on request ({stopped.reason}) after {program.unit} {stopped.step}{where}; "
         f"the same command continues the run",
         file=sys.stderr,
     )
     return stop.EXIT_STOPPED
 
 
-def _wait(child: subprocess.Popen[bytes], run_dir: Path) -> int:
+def _wait(child: subprocess.Popen[bytes], run_dir: Path, program: Program) -> int:
     """Exit code of torchrun, which this process outlives to say why it ended."""
     from nemo_eaft import stop
 
@@ -174,7 +201,7 @@ def _wait(child: subprocess.Popen[bytes], run_dir: Path) -> int:
             print(f"nemo-eaft: {name}: {run_dir / stop.REQUEST} cannot be written: {error}", file=sys.stderr)
             child.send_signal(signal.SIGTERM)
             return
-        text = f"nemo-eaft: {name}: the run is asked to stop at the next step; {name} once more ends it at once"
+        text = f"nemo-eaft: {name}: the run is asked to stop {program.stops}; {name} once more ends it at once"
         print(text, file=sys.stderr, flush=True)
 
     def outlive(number: int, frame: FrameType | None) -> None:

@@ -258,7 +258,9 @@ class EAFTCallback(Callback):
             pl_module.log(f"eaft/{name}", float(value), prog_bar=in_bar, batch_size=1, sync_dist=False)
         if self._counts is not None and trainer.is_global_zero:
             assert self._landscape is not None
-            self._landscape.write(self._counts, trainer.global_step, metrics, trainer.loggers)
+            # What Lightning counts pl_module.log by, from 0 (trainer/connectors/logger_connector, log_metrics).
+            logged = trainer.fit_loop.epoch_loop._batches_that_stepped
+            self._landscape.write(self._counts, trainer.global_step, metrics, trainer.loggers, logged)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plain cross-entropy per token of the whole validation, on every rank."""

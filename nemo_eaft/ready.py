@@ -28,6 +28,7 @@ from nemo_eaft.machine import check_machine
 from nemo_eaft.recorder import drop_after
 from nemo_eaft.saved import METRICS, proofs, warn_if_lost
 from nemo_eaft.settings import Settings, known_keys
+from nemo_eaft.settings_checks import warn
 
 CONFIG = "config.yaml"
 """File in ``run.dir`` with every setting of the run."""
@@ -164,6 +165,13 @@ def make_ready(settings: Settings, allow_change: bool = False) -> Ready:
     save_config(settings)
     resume_from = None if choice.checkpoint is None else choice.checkpoint.absolute()
     ready = Ready(checkpoint.absolute(), finished, resume_from)
+    trainer = settings.trainer
+    if not finished and trainer.histogram_every > trainer.max_steps:
+        # Here, and not where settings are read: once for a job, and not for the config.yaml of a folder.
+        warn(
+            f"trainer.histogram_every={trainer.histogram_every} has no effect beyond trainer.max_steps="
+            f"{trainer.max_steps}: no step has a landscape; 0 says never"
+        )
     leave(ready, run_dir)
     return ready
 
@@ -335,6 +343,15 @@ def _check_imported(folder: Path, weights: bool) -> None:
         raise ValueError(f"the converted checkpoint {folder} is damaged; remove it to convert anew:\n  {listed}")
 
 
+def check_place(folder: Path) -> None:
+    """Refuse a ``run.dir`` that is a file, or a link to nothing."""
+    link = dangling(folder)
+    if link is not None:
+        raise ValueError(f"run.dir={folder}: {link} is a link to {os.readlink(link)}, which is not there")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run.dir={folder} is a file")
+
+
 def check_run_dir(settings: Settings, allow_change: bool = False) -> list[str]:
     """Refuse a ``run.dir`` that belongs to another run.
 
@@ -349,11 +366,7 @@ def check_run_dir(settings: Settings, allow_change: bool = False) -> list[str]:
         ValueError: with the settings that differ.
     """
     folder = Path(settings.run.dir)
-    link = dangling(folder)
-    if link is not None:
-        raise ValueError(f"run.dir={folder}: {link} is a link to {os.readlink(link)}, which is not there")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run.dir={folder} is a file")
+    check_place(folder)
     checkpoints = checkpoints_in(folder)
     different: list[str] = []
     if (folder / CONFIG).is_file():

@@ -39,6 +39,8 @@ class DataSettings:
     """Split read where ``data.validation`` is not a file."""
     subset: str | None = None
     """Configuration of a data set that has several (``name`` of ``datasets.load_dataset``); null: its default."""
+    train_rows: int | None = None
+    """Read the first so many rows only, of those that can be used; null: all of them."""
     validation_rows: int | None = None
     """Validate on the first so many rows only; null: all of them."""
     mapping: Mapping = "auto"
@@ -77,6 +79,7 @@ class DataSettings:
             value = getattr(self, entry.name)
             if isinstance(value, str) and entry.name != "prompt_template" and not value.strip():
                 raise ValueError(f"data.{entry.name} is empty")
+        at_least("data.train_rows", self.train_rows, 1)
         at_least("data.validation_rows", self.validation_rows, 1)
         at_least("data.packed_size", self.packed_size, 2)
         at_least("data.num_workers", self.num_workers, 0)

@@ -48,7 +48,7 @@ class Stopped:
     """How a run was stopped."""
 
     step: int
-    """Optimizer steps that were done."""
+    """Optimizer steps that were done; of an analysis, rows."""
     checkpoint: str | None
     """The folder that holds them; None where the run keeps no checkpoints."""
     reason: str

@@ -214,21 +214,28 @@ def build_optimizer(settings: Settings) -> Any:
     return nl.MegatronOptimizerModule(config=config, lr_scheduler=schedule)
 
 
+def parallel_sizes(settings: Settings) -> dict[str, Any]:
+    """Arguments of NeMo's MegatronStrategy: how the model is split."""
+    parallel = settings.parallel
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "sequence_parallel": parallel.sequence,
+        "pipeline_dtype": _dtype(settings) if parallel.pipeline > 1 else None,
+    }
+
+
 def build_strategy(settings: Settings) -> Any:
     """NeMo's MegatronStrategy: the parallel sizes, Megatron's DDP, and how checkpoints are written."""
     import nemo.lightning as nl
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    parallel = settings.parallel
     return nl.MegatronStrategy(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        sequence_parallel=parallel.sequence,
-        pipeline_dtype=_dtype(settings) if parallel.pipeline > 1 else None,
+        **parallel_sizes(settings),
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=settings.trainer.distributed_optimizer,
             grad_reduce_in_fp32=True,

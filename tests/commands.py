@@ -33,7 +33,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own.yaml").write_text(
         f"model: {{hf: '{model}', imported: '{tmp_path}/imported'}}\n"
         f"data: {{train: '{tmp_path}/train.jsonl', validation: '{tmp_path}/validation.jsonl'}}\n"
-        "trainer: {max_steps: 2, gpus_per_node: 2, global_batch_size: 4, seq_length: 64}\n"
+        "trainer: {max_steps: 2, gpus_per_node: 2, global_batch_size: 4, seq_length: 64, histogram_every: 0}\n"
         f"run: {{dir: '{tmp_path}/run', backend: cpu}}\n"
     )
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):

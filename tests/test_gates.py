@@ -1,6 +1,9 @@
 """Each gate against its formula in plain Python."""
 
 import math
+import re
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 from nemo_eaft import EAFTConfig
 from nemo_eaft.config import GATES
 from nemo_eaft.gates import gate_weight, is_conflict
+from nemo_eaft.settings import Gate, LossSettings, known_keys
 
 # (cross-entropy in nats, H / normaliser)
 POINTS = [(0.0, 0.0), (0.01, 0.3), (2.0, 0.19), (2.5, 0.19), (2.5, 0.21), (7.0, 1.0), (30.0, 0.0), (1.0, 0.5)]
@@ -64,3 +68,27 @@ def test_conflict_is_strict_on_both_sides_and_false_for_nan() -> None:
     # The mask gate removes exactly the conflicts.
     mask = gate_weight(ce, ratio, EAFTConfig(gate="mask", conflict_probability=0.5, conflict_entropy=0.25))
     assert torch.equal(mask == 0, is_conflict(ce, ratio, config))
+
+
+def test_the_page_has_every_gate_with_its_formula_and_its_keys() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "gates.md").read_text()
+    rows = {cells[1].strip(" `"): cells for cells in map(_cells, text.splitlines()) if len(cells) == 6}
+    assert set(get_args(Gate)) == rows.keys() - {"loss.gate", "---"}
+    for gate in rows.keys() - {"loss.gate", "---"}:
+        _, _, formula, keys, source, _ = rows[gate]
+        assert source.strip()
+        for key, value in re.findall(r"`loss\.(\w+)` \(([0-9.]+)\)", keys):
+            assert f"loss.{key}" in known_keys()
+            assert getattr(LossSettings(), key) == float(value)
+        if gate in ("mask", "stock"):
+            continue
+        code = formula.strip(" `")
+        config = EAFTConfig(gate=gate)  # type: ignore[arg-type]
+        for ce, ratio in POINTS:
+            names = {"p": math.exp(-ce), "h": ratio, "exp": math.exp, "alpha": config.alpha}
+            names |= {"gate_slope": config.gate_slope, "gate_centre": config.gate_centre}
+            assert eval(code, {}, names) == pytest.approx(by_hand(config, ce, ratio))
+
+
+def _cells(line: str) -> list[str]:
+    return line.split("|")

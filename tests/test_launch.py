@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,19 @@ from typing import Any
 import pytest
 
 from nemo_eaft import launch
+from nemo_eaft.analyze import job as analyze
 from nemo_eaft.compose import from_mapping
-from nemo_eaft.launch import ERROR, PROCESS, check_world, is_users, job_identity, launched, run_local, write_error
+from nemo_eaft.launch import (
+    ERROR,
+    PROCESS,
+    Program,
+    check_world,
+    is_users,
+    job_identity,
+    launched,
+    run_local,
+    write_error,
+)
 from nemo_eaft.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -69,8 +81,24 @@ def test_a_job_of_another_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_machines_are_not_started_from_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"trainer\.num_nodes=2: several machines need one torchrun"):
+    with pytest.raises(ValueError, match=r"trainer\.num_nodes=2: several machines .* -m nemo_eaft\.train CONF;"):
         run_local(settings(tmp_path, nodes=2), [])
+    with pytest.raises(ValueError, match=r"-m nemo_eaft\.analyze MODEL DATA;"):
+        run_local(settings(tmp_path, nodes=2), [], analyze.PROGRAM)
+
+
+def test_a_rank_does_not_repeat_what_its_launcher_has_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read() -> int:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with launch.warned_once():
+                warnings.warn("a setting has no effect", stacklevel=1)
+            warnings.warn("later", stacklevel=1)
+        return len(said)
+
+    assert read() == 2
+    monkeypatch.setenv(launch.LAUNCHER, "its process")
+    assert read() == 1
 
 
 def caught(call: Any) -> BaseException:
@@ -258,7 +286,7 @@ def test_the_launcher_names_the_first_cause(
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / ERROR).write_text('{"kind": "input", "rank": 9, "message": "of an older run"}')
-    assert run_local(settings(tmp_path), [str(run_dir), *words.split()], module=fake_rank) == code
+    assert run_local(settings(tmp_path), [str(run_dir), *words.split()], Program(fake_rank)) == code
     assert (run_dir / "rank0").read_text() == (run_dir / "rank1").read_text() == "2"
     # By which they know what their own launcher has made ready.
     assert (run_dir / "launcher0").read_text() == (run_dir / "launcher1").read_text() == PROCESS
@@ -275,9 +303,9 @@ def launcher(tmp_path: Path, fake_rank: str) -> Iterator[subprocess.Popen[bytes]
         sys.path.insert(0, {str(ROOT)!r})
         from pathlib import Path
         from tests.test_launch import settings
-        from nemo_eaft.launch import run_local
+        from nemo_eaft.launch import Program, run_local
         folder = Path({str(tmp_path)!r})
-        sys.exit(run_local(settings(folder), [str(folder / "run"), "sleep", "sleep"], module="fake_rank"))
+        sys.exit(run_local(settings(folder), [str(folder / "run"), "sleep", "sleep"], Program("fake_rank")))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
     try:

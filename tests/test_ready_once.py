@@ -83,3 +83,19 @@ def test_what_another_launcher_has_made_ready_does_not_count(
     read.clear()
     assert cli.run_rank([conf]) == 0
     assert newest / "weights" / "common.pt" in read
+
+
+def test_a_run_without_any_landscape_is_said_once(
+    home: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "run_training", lambda *_: None)
+    words = [str(home / "own.yaml"), "trainer.histogram_every=3"]
+    said = run(capsys, "train", *words)[2].splitlines()
+    assert [line for line in said if "no step has a landscape" in line] == said
+    assert len(said) == 1
+    assert "trainer.histogram_every=3 has no effect beyond trainer.max_steps=2" in said[0]
+    assert run(capsys, "train", words[0], "trainer.histogram_every=2")[2] == ""
+    # The launcher has said it.
+    assert run(capsys, "train", *words)[0] == 0
+    be_a_rank(monkeypatch, 0, attempt=0)
+    assert run(capsys, "train", *words)[2] == ""

@@ -2,7 +2,7 @@
 
 What counts is the part of the push that confident conflicts give under plain fine-tuning (SFT): the sum of their
 gradient norms at the logits, divided by that of all tokens. The bounds are chosen, not measured: nobody has shown that
-forgetting starts at one of them.
+forgetting starts at one of them. So the line says what EAFT would hold back, and not what comes of it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,10 @@ def suggest(tally: Tally, named: dict[str, float]) -> dict[str, object]:
         alpha = next((each for each in ALPHAS if each >= 1.0 and conflict_share(tally, each) <= LEFT), ALPHAS[-1])
     left = conflict_share(tally, alpha)
     rest = kept(tally, named, alpha)
-    facts = (
-        f"confident conflicts are {tally.conflicts / tally.tokens:.2%} of the tokens and give {share:.1%} of the "
-        f"gradient norm of SFT; alpha={alpha:g} leaves them {left:.1%} and scales the rest to {rest:.0%}"
+    text = (
+        f"confident conflicts give {effect} of the push of SFT: {tally.conflicts / tally.tokens:.2%} of the tokens, "
+        f"{share:.1%} of the gradient norm; EAFT with alpha={alpha:g} would keep {rest:.0%} of the norm of the others "
+        f"and make that of conflicts {left:.1%} of what is left (rule of thumb). Whether it forgets less is to be "
+        f"compared with loss=sft: conflicts that repeat may win all the same"
     )
-    ends = {
-        "little": "there is little to hold back, expect EAFT to forget about as much as SFT",
-        "some": "expect a small gain; compare with loss=sft",
-        "much": "expect EAFT to forget less than SFT, unless the conflicts are what is to be learnt",
-    }
-    return {"effect": effect, "alpha": alpha, "text": f"{ends[effect]}: {facts} (rule of thumb)"}
+    return {"effect": effect, "alpha": alpha, "text": text}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 _EPILOG = (
-    "Writes analysis.json, landscape.png and conflicts.html to run.dir (runs/analyze-<model>), and prints one line of "
-    "advice: see docs/analyze.md. No training, no gradients. An interrupted analysis goes on with the same command. "
-    "Without a GPU add run.backend=cpu trainer.precision=fp32."
+    "Writes analysis.json, landscape.png and conflicts.html to run.dir (runs/analyze-<model>-<data>), and prints one "
+    "line of advice: see docs/analyze.md. No training, no gradients. data.train_rows=N reads the first N rows. An "
+    "interrupted analysis goes on with the same command. Without a GPU add run.backend=cpu trainer.precision=fp32."
 )
 
 

@@ -1,4 +1,4 @@
-"""From MODEL, DATA and overrides to settings and weights."""
+"""From MODEL, DATA and overrides to settings and weights, and whether a folder may hold their analysis."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nemo_eaft import compose
 from nemo_eaft.checkpoints import checkpoints_in, is_checkpoint, is_unfinished
-from nemo_eaft.ready import CONFIG
-from nemo_eaft.settings import Settings
+from nemo_eaft.ready import CONFIG, LAYOUT, MAY_DIFFER, check_place
+from nemo_eaft.saved import METRICS
+from nemo_eaft.settings import ParallelSettings, Settings, TrainerSettings
 from nemo_eaft.settings_checks import warn
 
 START = Path(__file__).with_name("start.yaml")
@@ -46,8 +48,9 @@ WITHOUT_EFFECT = (
 themselves."""
 
 _BATCH = "trainer.global_batch_size"
-# Divisible by every number of rows and ranks that is likely; only until the real one is known.
-_ANY_BATCH = 2**16 * 3**4 * 5**2 * 7
+
+MAY_CHANGE = frozenset((*WITHOUT_EFFECT, *MAY_DIFFER, *LAYOUT, _BATCH))
+"""Settings that may be others when an analysis goes on: it does not read them, or they say how the work is cut."""
 
 
 def settings_of(model: str, data: str, overrides: Sequence[str]) -> tuple[Settings, Path | None]:
@@ -62,7 +65,7 @@ def settings_of(model: str, data: str, overrides: Sequence[str]) -> tuple[Settin
         if re.match(r"\w+\.\w+=", word):
             raise ValueError(f"{name} is {word}: MODEL and DATA come before settings")
     weights = _run_checkpoint(Path(model).expanduser())
-    given = [f"data.train={data}", f"run.dir={Path('runs') / f'analyze-{_slug(model)}'}"]
+    given = [f"data.train={data}", f"run.dir={Path('runs') / f'analyze-{_slug(model)}-{_slug_of_data(data)}'}"]
     if weights is None:
         given.append(f"model.hf={model}")
     else:
@@ -70,14 +73,34 @@ def settings_of(model: str, data: str, overrides: Sequence[str]) -> tuple[Settin
         named = {"hf": trained.hf, "imported": trained.imported, "tokenizer": trained.tokenizer}
         given += [f"model.{key}={value}" for key, value in named.items() if value is not None]
         given.append(f"model.trust_remote_code={str(trained.trust_remote_code).lower()}")
-    own_batch = any(word.startswith(f"{_BATCH}=") for word in overrides)
-    given += [] if own_batch else [f"{_BATCH}={_ANY_BATCH}"]
-    settings = compose.compose(str(START), [*given, *overrides])
-    if not own_batch:
-        batch = settings.trainer.micro_batch_size * settings.data_parallel
-        settings = replace(settings, trainer=replace(settings.trainer, global_batch_size=batch))
-    _check(settings)
-    return settings, weights
+    own_batch = any(word.lstrip("+").startswith(f"{_BATCH}=") for word in overrides)
+
+    def finish(groups: dict[str, Any]) -> dict[str, Any]:
+        _check(groups)
+        return groups if own_batch else groups | {"trainer": _one_pass(groups["trainer"], groups["parallel"])}
+
+    return compose.compose(str(START), [*given, *overrides], finish=finish), weights
+
+
+def check_folder(settings: Settings) -> None:
+    """Refuse a ``run.dir`` that holds a training, or another analysis unless ``run.resume=false`` gives it up.
+
+    Raises:
+        ValueError: with the settings that differ.
+    """
+    folder = Path(settings.run.dir)
+    check_place(folder)
+    if checkpoints_in(folder) or (folder / METRICS).exists():
+        raise ValueError(f"run.dir={folder} holds a training: choose another run.dir for its analysis")
+    if not settings.run.resume or not (folder / CONFIG).is_file():
+        return
+    different = compose.difference(compose.load(folder / CONFIG), settings, ignore=MAY_CHANGE)
+    if different:
+        listed = "\n  ".join(different)
+        raise ValueError(
+            f"run.dir={folder} holds another analysis; choose another run.dir, go back to its settings, or replace it "
+            f"with run.resume=false:\n  {listed}"
+        )
 
 
 def warn_without_effect(overrides: Sequence[str]) -> None:
@@ -94,19 +117,26 @@ def warn_without_effect(overrides: Sequence[str]) -> None:
         )
 
 
-def _check(settings: Settings) -> None:
-    parallel = settings.parallel
+def _one_pass(trainer: TrainerSettings, parallel: ParallelSettings) -> TrainerSettings:
+    """With a global batch of one forward pass of every copy of the model."""
+    # No copy at all: the check of the ranks, which comes next, says so.
+    copies = max(1, trainer.num_nodes * trainer.gpus_per_node // parallel.model_ranks)
+    return replace(trainer, global_batch_size=trainer.micro_batch_size * copies)
+
+
+def _check(groups: dict[str, Any]) -> None:
+    data, loss, parallel = groups["data"], groups["loss"], groups["parallel"]
     for key, value, wrong, allowed in (
-        ("data.packed", "true", settings.data.packed, "false"),
+        ("data.packed", "true", data.packed, "false"),
         ("parallel.context", parallel.context, parallel.context > 1, 1),
         ("parallel.virtual_pipeline", parallel.virtual_pipeline, parallel.virtual_pipeline is not None, "null"),
     ):
         if wrong:
             raise ValueError(f"{key}={value}: analyze takes rows one by one and whole; allowed is {allowed}")
-    if settings.loss.fused_linear is True:
+    if loss.fused_linear is True:
         raise ValueError("loss.fused_linear=true: analyze needs the logits; allowed are false and auto")
-    if settings.data.validation is not None:
-        raise ValueError(f"data.validation={settings.data.validation}: analyze reads DATA alone; allowed is null")
+    if data.validation is not None:
+        raise ValueError(f"data.validation={data.validation}: analyze reads DATA alone; allowed is null")
 
 
 def _slug(model: str) -> str:
@@ -115,7 +145,28 @@ def _slug(model: str) -> str:
     name = path.resolve().name if path.exists() else model.rpartition("/")[2]
     if checkpoint is not None and not (path / CONFIG).is_file():
         name = f"{_run_of(checkpoint).name}-{name}"
-    return re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-") or "model"
+    return _plain(name) or "model"
+
+
+def _slug_of_data(data: str) -> str:
+    name = Path(data).expanduser().resolve().name
+    return _plain(name.removesuffix(".jsonl").removesuffix(".json")) or "data"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.=_]+", "-", name).strip("-")
+
+
+def spoken(model: str, checkpoint: Path | None) -> str:
+    """A name of what is analysed, for titles: ``<run>/<checkpoint>``, or the model; of a folder the last two parts,
+    which say more than one.
+
+    checkpoint: of a run of ours; None: `model`, which is ``model.hf``.
+    """
+    if checkpoint is not None:
+        return f"{_run_of(checkpoint).name}/{checkpoint.name}"
+    path = Path(model)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else model
 
 
 def _run_checkpoint(path: Path) -> Path | None:

@@ -16,6 +16,8 @@ from nemo_eaft.settings import Settings
 
 PICTURE = "landscape.png"
 """File in ``run.dir``."""
+FILES = (summaries.FILE, PICTURE, PAGE)
+"""All that a finished analysis leaves for its reader; the first is written last."""
 
 
 def write_report(settings: Settings, state: State, model: str, vocab_size: int, tokenizer: Any) -> dict[str, Any]:
@@ -39,7 +41,8 @@ def write_report(settings: Settings, state: State, model: str, vocab_size: int, 
         f"{conflicts['share_of_gated_gradient']:.1%} with "
         f"{f'EAFT, alpha {config.alpha:g}' if config.gate == 'eaft' else f'gate {config.gate}'}"
     )
-    note = f"{model} on {Path(settings.data.train).name}: {tally.tokens:,} answer tokens of {tally.rows:,} rows"
+    # Two lines: names may be long, and are what is cut.
+    note = f"{model} on {Path(settings.data.train).name}\n{tally.tokens:,} answer tokens of {tally.rows:,} rows"
     figure = draw(Picture(tally.grid, config, vocab_size, title, note))
     with replacing(run_dir / PICTURE) as temporary:
         figure.savefig(temporary, format="png")

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from nemo_eaft.analyze import state as states
+from nemo_eaft.analyze.progress import Progress
 from nemo_eaft.analyze.tally import Tally
 from nemo_eaft.data import read_prepared
-from nemo_eaft.progress import format_duration
 from nemo_eaft.ready import Ready
 from nemo_eaft.settings import Settings
-
-_SAY_EVERY = 60.0
-"""Seconds between lines where nobody watches a terminal: in a file a bar is there only when it has ended."""
 
 
 class _Stop(Exception):
@@ -53,8 +48,8 @@ def analyze(settings: Settings, ready: Ready) -> bool:
         return True
     model = build_model(settings, ready.checkpoint)
     vocab_size = imported_vocab_size(ready.checkpoint) or true_vocab_size(model)
-    progress = _Progress(settings, so_far, rows)
-    collect = CollectTokens(settings.loss.eaft_config(), vocab_size, batches, progress.begin, progress.save)
+    kept = _States(settings, so_far, rows)
+    collect = CollectTokens(settings.loss.eaft_config(), vocab_size, batches, kept.begin, kept.save)
     data = build_rows(settings, run_dir / "data", model.tokenizer, so_far.rows_done)
     trainer = _trainer(settings, batches)
     trainer.callbacks.append(collect)
@@ -70,24 +65,21 @@ def analyze(settings: Settings, ready: Ready) -> bool:
     except _Stop:
         return False
     finally:
-        progress.close()
+        kept.close(trainer.is_global_zero)
     return True
 
 
-class _Progress:
-    """Adds up the tallies of all ranks, writes the state, says how far it is, and looks for a request to stop."""
+class _States:
+    """Adds up the tallies of all ranks, writes the state, shows it, and looks for a request to stop."""
 
     def __init__(self, settings: Settings, state: states.State, rows: int) -> None:
         self._settings, self._state, self._rows = settings, state, rows
-        self._first, self._started = state.tally.read, time.perf_counter()
-        self._start = state.rows_done
-        self._bar: Any = None
-        self._task: Any = None
-        self._said: float | None = None
+        self._start, self._read_before = state.rows_done, state.tally.read
+        self._progress = Progress(rows, state.rows_done)
 
     def begin(self) -> None:
-        """The model is there: from now on it is timed."""
-        self._started = time.perf_counter()
+        """`CollectTokens.begin`."""
+        self._progress.begin()
 
     def save(self, tallies: list[Tally], batches: int) -> None:
         """`CollectTokens.save`, on every rank."""
@@ -100,63 +92,53 @@ class _Progress:
         config, run_dir = self._settings.loss.eaft_config(), Path(self._settings.run.dir)
         for tally in tallies:
             self._state.tally.merge(tally, config)
-        self._state.rows_done = min(self._start + batches * self._settings.trainer.global_batch_size, self._rows)
+        done = min(self._start + batches * self._settings.trainer.global_batch_size, self._rows)
+        self._state.rows_done = done
         first = not dist.is_initialized() or dist.get_rank() == 0
         if first:
             states.save(self._state, run_dir)
-            self._show()
-        if self._state.rows_done == self._rows:
+            self._progress.show(done, self._read)
+        if done == self._rows:
+            if first:
+                # As at the end of a training: a request that came too late stops nothing.
+                (run_dir / stop.REQUEST).unlink(missing_ok=True)
             return
         reason = stop.asked(run_dir, look=first)
         device = torch.device("cuda") if self._settings.run.backend == "cuda" else torch.device("cpu")
         if any_rank(reason is not None, device):
             if first:
-                stop.write_note(run_dir, batches, str(run_dir / states.FILE), reason or "SIGUSR1 to another rank")
+                stop.write_note(run_dir, done, str(run_dir / states.FILE), reason or "SIGUSR1 to another rank")
             raise _Stop
 
-    def _show(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def close(self, first: bool) -> None:
+        """On every rank, at the end or when it is broken off; `first`: on rank 0."""
+        if first:
+            self._progress.close(self._state.rows_done, self._read)
 
-        now = time.perf_counter()
-        seconds, rows = now - self._started, self._state.rows_done - self._start
-        rate = f"{(self._state.tally.read - self._first) / seconds:.0f} tokens/s"
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            if self._said is None or now - self._said >= _SAY_EVERY:
-                left = format_duration(seconds / rows * (self._rows - self._state.rows_done))
-                done = f"{self._state.rows_done} of {self._rows} rows"
-                print(f"analyze: {done}, {rate}, {left} left", file=sys.stderr, flush=True)
-                self._said = now
-            return
-        if self._bar is None:
-            columns = ("analyze", BarColumn(), MofNCompleteColumn(), "rows", TextColumn("{task.fields[rate]}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
-            self._task = self._bar.add_task("", total=self._rows, completed=self._start, rate="")
-            self._bar.start()
-        self._bar.update(self._task, completed=self._state.rows_done, rate=rate)
-
-    def close(self) -> None:
-        """Leave the bar as it is, and say how fast it went."""
-        if self._bar is not None:
-            self._bar.stop()
-        elif self._said is None:
-            return
-        seconds, read = time.perf_counter() - self._started, self._state.tally.read - self._first
-        rows, rate = self._state.rows_done - self._start, read / seconds
-        print(f"analyze: {rows} rows, {read} tokens in {seconds:.1f} s: {rate:.0f} tokens/s", flush=True)
+    @property
+    def _read(self) -> int:
+        return self._state.tally.read - self._read_before
 
 
 def _trainer(settings: Settings, batches: int) -> Any:
     import nemo.lightning as nl
 
-    from nemo_eaft.train import build_strategy, precision_plugins
+    from nemo_eaft.restart import store_of_this_attempt
+    from nemo_eaft.train import parallel_sizes, precision_plugins
 
+    # Forward passes alone. NeMo 2.7.3 builds DDP's gradient buffers for every stage but TESTING
+    # (lightning/megatron_parallel.py, init_model_parallel), unless DDP is left to torch, which wraps nothing outside
+    # of a fit; and the optimizer that a model brings (lightning/pytorch/strategies/megatron_strategy.py,
+    # setup_megatron_parallel). Both would take four times the memory of bf16 weights.
+    strategy = nl.MegatronStrategy(
+        **parallel_sizes(settings), ddp="pytorch", setup_optimizers=False, replace_progress_bar=False
+    )
+    strategy.store = store_of_this_attempt()
     return nl.Trainer(
         accelerator="cpu" if settings.run.backend == "cpu" else "gpu",
         devices=settings.trainer.gpus_per_node,
         num_nodes=settings.trainer.num_nodes,
-        strategy=build_strategy(settings),
+        strategy=strategy,
         plugins=precision_plugins(settings),
         limit_val_batches=batches,
         logger=False,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eaft import compose
+from nemo_eaft.analyze.inputs import MAY_CHANGE
 from nemo_eaft.analyze.tally import Tally
 from nemo_eaft.atomic import replacing
 from nemo_eaft.integrity import SUMS
-from nemo_eaft.ready import LAYOUT, MAY_DIFFER, Ready
+from nemo_eaft.ready import Ready
 from nemo_eaft.settings import Settings
 
 FILE = "analyze.state.json"
@@ -31,9 +32,10 @@ class State:
 
 
 def identity(settings: Settings, ready: Ready) -> dict[str, Any]:
-    """What must be the same for an analysis to go on: settings but for the layout, rows, and weights."""
+    """What must be the same for an analysis to go on: settings that are read but for the layout, rows, and
+    weights."""
     kept = compose.to_mapping(settings)
-    for key in (*MAY_DIFFER, *LAYOUT, "trainer.global_batch_size"):
+    for key in MAY_CHANGE:
         group, _, name = key.partition(".")
         kept[group].pop(name, None)
     weights = ready.resume_from or ready.checkpoint

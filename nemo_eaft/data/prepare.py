@@ -199,7 +199,7 @@ def read_prepared(root: Path) -> PreparedData:
 def _write(
     settings: Settings, tokenizer: Any, source: Source, part: str, kind: Kind, root: Path, files: ExitStack
 ) -> dict[str, int]:
-    limit = settings.data.validation_rows if part == "validation" else None
+    limit = settings.data.validation_rows if part == "validation" else settings.data.train_rows
     counts = {"rows": 0, "answer_tokens": 0, "longest": 0}
     bad = BadRows(f"{source.key}={source.name}")
     kept: list[Tokens] = []
@@ -326,7 +326,9 @@ def _identity(settings: Settings, tokenizer: Any, sources: dict[str, Source]) ->
         "packed": [data.packed, data.packed_size, trainer.seed] if data.packed else [],
         # A source with bad rows is refused under one and shortened under the other.
         "on_bad_row": data.on_bad_row,
-        "validation": [trainer.global_batch_size, trainer.val_every, trainer.val_batches],
+        "validation": [trainer.global_batch_size, trainer.val_every, trainer.val_batches] if data.validation else [],
+        # Nothing where it is not given: what older versions wrote stays good.
+        **({} if data.train_rows is None else {"train_rows": data.train_rows}),
     }
 
 

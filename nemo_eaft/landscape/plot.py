@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 
 from nemo_eaft.config import EAFTConfig
@@ -31,7 +33,7 @@ class Picture:
     title: str
     """The message, one or two lines of about 75 characters."""
     note: str
-    """What the tokens are, below it."""
+    """What the tokens are, below it; a line that is too long loses its middle."""
 
 
 def draw(picture: Picture) -> Figure:
@@ -56,7 +58,7 @@ def draw(picture: Picture) -> Figure:
     above.stairs(grid.sum(1) / total, edges, fill=True, color="#BBBBBB")
     above.set_ylabel("tokens", color=_GREY)
     above.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    above.set_title(picture.note, loc="left", fontsize=10, color=_GREY, parse_math=False)
+    note = above.set_title(picture.note, loc="left", fontsize=10, color=_GREY, parse_math=False)
     if config.gate in _READS_ENTROPY_ALONE:
         weight = above.twinx()
         weight.plot(*_weights(config, edges), color=_BLUE, linewidth=2)
@@ -71,7 +73,8 @@ def draw(picture: Picture) -> Figure:
         edges, probabilities, shown, cmap="cividis", norm=LogNorm(1, max(int(grid.max()), 2)), rasterized=True
     )
     below.set_facecolor("#F2F2F2")
-    below.set_xlabel(f"entropy of the prediction / {_normaliser(config)}   (0: sure, 1: undecided)")
+    ends = f"0: sure, {bins.highest_ratio:.3g}: undecided"
+    below.set_xlabel(f"entropy of the prediction / {_normaliser(config)}   ({ends})")
     below.set_ylabel("probability of the label")
     right, top = min(config.conflict_entropy, bins.highest_ratio), config.conflict_probability
     frame = Rectangle((0, 0), right, top, fill=False, edgecolor=_ORANGE, linewidth=2.5, clip_on=False, zorder=3)
@@ -88,7 +91,25 @@ def draw(picture: Picture) -> Figure:
         zorder=4,
     )
     figure.colorbar(mesh, cax=bar, label="tokens in a cell (grey: none)")
+    _shorten(note, figure)
     return figure
+
+
+def _shorten(text: Text, figure: Figure) -> None:
+    """Take characters out of the middle of each line until all end on the page."""
+    canvas = FigureCanvasAgg(figure)
+    # Where the text begins is known once all is laid out.
+    canvas.draw()
+    lines = text.get_text().split("\n")
+    for number, line in enumerate(lines):
+        shorter = line
+        for kept in range(len(line), 0, -1):
+            shorter = line if kept == len(line) else f"{line[: (kept + 1) // 2]}\u2026{line[len(line) - kept // 2 :]}"
+            text.set_text(shorter)
+            if text.get_window_extent(canvas.get_renderer()).x1 <= figure.bbox.x1 - 5:
+                break
+        lines[number] = shorter
+    text.set_text("\n".join(lines))
 
 
 def _weights(config: EAFTConfig, edges: Floats) -> tuple[Floats, Floats]:
@@ -103,5 +124,5 @@ def _gate(config: EAFTConfig) -> str:
 
 def _normaliser(config: EAFTConfig) -> str:
     if config.normalizer is not None:
-        return f"{config.normalizer:g} nats"
+        return f"{config.normalizer:g} nat{'' if config.normalizer == 1 else 's'}"
     return "ln V" if config.top_k is None else f"ln {config.top_k}"

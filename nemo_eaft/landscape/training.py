@@ -85,8 +85,16 @@ class TrainingLandscape:
         counts = torch.zeros(LENGTH, dtype=torch.float64, device=device) if self._counts is None else self._counts
         return sum_over_data_and_broadcast_over_pipeline(counts, data_group, pipeline_group, last_stage)
 
-    def write(self, vector: Tensor, step: int, metrics: StepMetrics, loggers: Sequence[Any]) -> None:
-        """On rank 0: the line of `landscape.jsonl`, and what each logger takes."""
+    def write(self, vector: Tensor, step: int, metrics: StepMetrics, loggers: Sequence[Any], logged: int) -> None:
+        """On rank 0: the line of `landscape.jsonl`, and what each logger takes.
+
+        Args:
+            vector: of `end_step`.
+            step: as in `metrics.jsonl`, from 1.
+            metrics: of the step.
+            loggers: Lightning's.
+            logged: the step that the loggers have the loss under: Lightning counts from 0.
+        """
         grid, ratios, weights = split(vector)
         bins = Bins.of(self._config, self._vocab_size)
         percentiles = {}
@@ -100,11 +108,11 @@ class TrainingLandscape:
             with open(self._path, "ab", buffering=0) as file:
                 file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         for logger in loggers:
-            logger.log_metrics({f"eaft/{name}": value for name, value in percentiles.items()}, step=step)
+            logger.log_metrics({f"eaft/{name}": value for name, value in percentiles.items()}, step=logged)
             board = getattr(logger, "experiment", None)
             if hasattr(board, "add_histogram_raw") and hasattr(board, "add_image"):
                 try:
-                    self._to_tensorboard(board, step, metrics, grid, ratios, weights)
+                    self._to_tensorboard(board, logged, metrics, grid, ratios, weights)
                 except Exception as error:
                     # A picture must not end a training, nor keep its other ranks waiting.
                     _log.error("the landscape of step %d could not be drawn: %s", step, error)
@@ -124,7 +132,8 @@ class TrainingLandscape:
         ):
             if counts.sum():
                 _add_histogram(board, f"eaft/{name}", counts, edges, step)
-        title = f"Step {step}: {100 * metrics.conflict_fraction:.2g} % of the tokens are confident conflicts"
+        # TensorBoard itself says which step it is.
+        title = f"{100 * metrics.conflict_fraction:.2g} % of the tokens are confident conflicts"
         note = f"{metrics.tokens:,} tokens of one global batch"
         figure = draw(Picture(grid, self._config, self._vocab_size, title, note))
         board.add_image("eaft/landscape", _pixels(figure), step, dataformats="HWC")

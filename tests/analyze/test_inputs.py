@@ -9,14 +9,16 @@ import pytest
 
 from nemo_eaft import cli, compose
 from nemo_eaft.analyze import job
-from nemo_eaft.analyze.inputs import WITHOUT_EFFECT, settings_of, warn_without_effect
+from nemo_eaft.analyze.inputs import WITHOUT_EFFECT, check_folder, settings_of, spoken, warn_without_effect
+from nemo_eaft.analyze.report import FILES
+from nemo_eaft.launch import Program
 from nemo_eaft.settings import Settings, known_keys
 from tests.commands import home, make_checkpoint, run  # noqa: F401, a fixture
 
 CPU = ["run.backend=cpu", "trainer.precision=fp32"]
 # What an analysis reads or refuses, or the settings themselves warn of where it has no effect.
 READ = {
-    *("model.hf", "model.imported", "model.tokenizer", "model.trust_remote_code"),
+    *("data.train_rows", "model.hf", "model.imported", "model.tokenizer", "model.trust_remote_code"),
     *("data.train", "data.validation", "data.train_split", "data.subset", "data.mapping", "data.messages_column"),
     *("data.tools_column", "data.prompt_column", "data.response_column", "data.reasoning_column", "data.system_column"),
     *("data.system", "data.prompt_template", "data.packed", "data.packed_size", "data.on_bad_row", "data.num_workers"),
@@ -43,12 +45,15 @@ def trained(home: Path) -> Path:  # noqa: F811
 def test_a_name_and_a_folder(tmp_path: Path) -> None:
     settings, weights = settings_of("org/Model-1.5B", "rows.jsonl", CPU)
     assert (settings.model.hf, settings.data.train, weights) == ("org/Model-1.5B", "rows.jsonl", None)
-    assert settings.run.dir == "runs/analyze-Model-1.5B"
+    assert settings.run.dir == "runs/analyze-Model-1.5B-rows"
     (tmp_path / "my model").mkdir()
     settings, weights = settings_of(str(tmp_path / "my model"), "a=b.jsonl", ["run.dir=elsewhere", *CPU])
     assert (settings.model.hf, settings.data.train) == (str(tmp_path / "my model"), "a=b.jsonl")
     assert (settings.run.dir, weights) == ("elsewhere", None)
-    assert settings_of(str(tmp_path / "my model"), "d", CPU)[0].run.dir == "runs/analyze-my-model"
+    # Of the data as well: another file is another analysis.
+    for data, name in (("d", "d"), ("org/set.v2", "set.v2"), (f"{tmp_path}/x/a b.json", "a-b"), ("../", None)):
+        found = settings_of(str(tmp_path / "my model"), data, CPU)[0].run.dir
+        assert found == f"runs/analyze-my-model-{name or Path('..').resolve().name}"
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,8 @@ def test_a_name_and_a_folder(tmp_path: Path) -> None:
         (["trainer.gpus_per_node=6"], 24),
         (["trainer.gpus_per_node=6", "parallel.tensor=3", "trainer.micro_batch_size=5"], 10),
         (["trainer.gpus_per_node=2", "trainer.global_batch_size=16"], 16),
+        # Primes that no number chosen beforehand would be a multiple of.
+        (["trainer.gpus_per_node=26", "trainer.micro_batch_size=11"], 286),
     ],
 )
 def test_a_batch_is_one_pass_unless_said(overrides: list[str], batch: int) -> None:
@@ -70,9 +77,13 @@ def test_a_run_and_its_checkpoints(trained: Path) -> None:
     assert weights == newest.resolve()
     assert (settings.model.hf, settings.model.imported) == (str(trained.parent / "model"), f"{trained.parent}/imported")
     # Of the run its model alone: the rest would belong to the training.
-    assert (settings.trainer.seq_length, settings.run.dir) == (2048, "runs/analyze-run")
+    assert (settings.trainer.seq_length, settings.run.dir) == (2048, "runs/analyze-run-d")
     settings, weights = settings_of(str(first), "d", CPU)
-    assert (weights, settings.run.dir) == (first.resolve(), "runs/analyze-run-model-step=1")
+    assert (weights, settings.run.dir) == (first.resolve(), "runs/analyze-run-model-step=1-d")
+    # In titles: of which run a checkpoint is, for every run has a step=1.
+    assert spoken(settings.model.hf, weights) == "run/model-step=1"
+    assert spoken("org/Model", None) == "org/Model"
+    assert spoken("/models/org/Model", None) == "org/Model"
 
 
 def test_what_is_no_model_and_no_data(trained: Path, tmp_path: Path) -> None:
@@ -102,10 +113,15 @@ def test_what_is_no_model_and_no_data(trained: Path, tmp_path: Path) -> None:
         ("loss.fused_linear=true", "allowed are false and auto"),
         ("data.validation=x.jsonl", "allowed is null"),
         ("loss.aplha=2", "did you mean loss.alpha"),
+        ("data.train_rows=0", "data.train_rows=0 must be 1 or more"),
+        ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline=2: analyze takes"),
+        # Of ranks and model it is the ranks that are wrong, not a batch that nobody gave.
+        ("parallel.tensor=3", "must be a multiple of parallel.tensor=3"),
     ],
 )
 def test_settings_that_are_refused(override: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["trainer.gpus_per_node=2"] if override.startswith("parallel") else []
+    more = ["trainer.gpus_per_node=2", "parallel.pipeline=2"] if override.startswith("parallel.v") else []
+    more = ["trainer.gpus_per_node=2"] if override.startswith("parallel.c") else more
     if override == "data.packed=true":
         more = ["trainer.micro_batch_size=1"]
     code, _, error = run(capsys, "analyze", "m", "d", override, *more, *CPU)
@@ -135,7 +151,7 @@ def test_a_damaged_checkpoint_and_a_missing_file_are_told_before_anything_is_wri
 ) -> None:
     started: list[str] = []
 
-    def launch(settings: Settings, words: list[str], module: str) -> int:
+    def launch(settings: Settings, words: list[str], program: Program) -> int:
         started.extend(words)
         return 1
 
@@ -156,9 +172,51 @@ def test_a_damaged_checkpoint_and_a_missing_file_are_told_before_anything_is_wri
     assert cli.main(["analyze", whole, rows, *words]) == 1
     assert started[:2] == [whole, rows]
     # A state that is none is told, and gone.
-    left = Path("runs/analyze-run-model-step=1/analyze.state.json")
-    left.write_text("{")
-    capsys.readouterr()
-    assert cli.main(["analyze", whole, rows, *words]) == 1
-    assert "starts anew" in capsys.readouterr().out
-    assert not left.exists()
+    run_dir = Path("runs/analyze-run-model-step=1-train")
+    left = [run_dir / name for name in ("analyze.state.json", *FILES)]
+    for again, said in (([], True), (["run.resume=false"], False), (["run.resume=false", "loss.alpha=2"], False)):
+        for path in left:
+            path.write_text("{")
+        capsys.readouterr()
+        assert cli.main(["analyze", whole, rows, *words, *again]) == 1
+        assert ("starts anew" in capsys.readouterr().out) == said
+        # Results that stay would look like those of this start.
+        assert not [path for path in left if path.exists()]
+
+
+def test_settings_of_a_training_alone_contradict_nothing() -> None:
+    """Their defaults would: 50 steps of warm-up are more than 10 of training."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings, _ = settings_of("m", "d", [*CPU, "trainer.max_steps=1", "trainer.learning_rate=1e-12"])
+    assert settings.trainer.max_steps == 1
+
+
+def test_what_another_start_may_change(tmp_path: Path) -> None:
+    folder = f"run.dir={tmp_path / 'run'}"
+
+    def begin(*words: str, data: str = "d.jsonl") -> None:
+        check_folder(settings_of("m", data, [*CPU, folder, *words])[0])
+
+    begin()
+    compose.save(settings_of("m", "d.jsonl", [*CPU, folder])[0], tmp_path / "run" / "config.yaml")
+    # How the work is cut, above all after a batch was too large for the memory; and what is not read.
+    begin("trainer.micro_batch_size=1")
+    begin("trainer.gpus_per_node=6", "parallel.tensor=2")
+    begin("trainer.max_steps=7", "run.stall_seconds=60", "trainer.global_batch_size=64")
+    for word, said in (
+        ("loss.alpha=2", r"loss.alpha: 1.0 -> 2.0"),
+        ("trainer.precision=bf16", r'trainer.precision: "fp32" -> "bf16"'),
+        ("data.train_rows=9", r"data.train_rows: null -> 9"),
+    ):
+        with pytest.raises(ValueError, match=said) as refused:
+            begin(word)
+        assert str(refused.value).startswith(f"{folder} holds another analysis; choose another run.dir")
+        assert "allow-config-change" not in str(refused.value)
+        assert len(str(refused.value).splitlines()) == 2
+        begin(word, "run.resume=false")
+    with pytest.raises(ValueError, match=r'data.train: "d.jsonl" -> "e.jsonl"'):
+        begin(data="e.jsonl")
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match="holds a training"):
+        begin("run.resume=false")

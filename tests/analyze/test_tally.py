@@ -84,7 +84,13 @@ def test_advice(rows: list[list[tuple[float, float, float]]], effect: str, alpha
     tally = tally_of(*rows)
     advice = suggest(tally, dict(zip(SUMS, tally.sums.tolist(), strict=True)))
     assert (advice["effect"], advice["alpha"]) == (effect, alpha)
-    assert "\n" not in str(advice["text"])
+    text = str(advice["text"])
+    assert "\n" not in text
+    # What was not measured is not promised.
+    assert "expect" not in text
+    if alpha is not None:
+        assert text.startswith(f"confident conflicts give {effect} of the push of SFT: ")
+        assert "to be compared with loss=sft" in text
 
 
 def test_quartiles() -> None:

@@ -210,6 +210,28 @@ def test_validation_rows_takes_the_first(tmp_path: Path, tokenizer: Any) -> None
     assert json.loads(lines[-1])["input_ids"] == tokenizer.apply_chat_template(GOOD[1]["messages"])
 
 
+def test_train_rows_takes_the_first_that_can_be_used_and_reads_no_further(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", [GOOD[0], {"messages": []}, *GOOD[1:]])
+    with open(path, "a") as file:
+        file.write("no JSON\n")
+    settings = make_settings(tmp_path, path, data={"train_rows": 3, "on_bad_row": "skip"})
+    found = prepare(settings, tokenizer)
+    assert (found.train_rows, found.train_skipped) == (3, 1)
+    lines = (tmp_path / "run" / "data" / "training.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in lines] == [1, 3, 4]
+    # They are other rows than all of them.
+    everything = make_settings(tmp_path, path, data={"on_bad_row": "skip"})
+    assert prepare(everything, tokenizer).train_rows == 4
+
+
+def test_without_validation_its_settings_change_no_row(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", GOOD)
+    prepare(make_settings(tmp_path, path), tokenizer)
+    before = (tmp_path / "run" / "data" / "training.jsonl").stat().st_mtime_ns
+    prepare(make_settings(tmp_path, path, trainer={"global_batch_size": 3, "val_batches": 7}), tokenizer)
+    assert (tmp_path / "run" / "data" / "training.jsonl").stat().st_mtime_ns == before
+
+
 def test_second_time_reads_nothing_and_a_changed_source_is_read_again(tmp_path: Path, tokenizer: Any) -> None:
     path = write_jsonl(tmp_path / "t.jsonl", GOOD)
     settings = make_settings(tmp_path, path)

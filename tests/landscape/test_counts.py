@@ -61,6 +61,16 @@ def test_percentile_of_known_counts() -> None:
     assert percentile(np.zeros(FINE, dtype=np.int64), np.linspace(0, 1, FINE + 1), 0.5) == 0.0
 
 
+def test_a_bin_is_as_narrow_as_the_docs_say() -> None:
+    """docs/analyze.md: what a quantile is known to."""
+    edges = Bins.of(EAFTConfig(), VOCAB).ratio_edges()
+    widths = np.diff(edges)
+    assert widths.max() < 0.002
+    for value, relative in ((0.1, 0.0035), (0.01, 0.0062), (1e-4, 0.0195), (1e-6, 0.062)):
+        width = widths[np.searchsorted(edges, value) - 1]
+        assert 0.9 * relative < width / value < relative
+
+
 def test_thresholds_of_a_conflict_lie_on_edges() -> None:
     """So that the frame in the picture cuts through no cell."""
     config = EAFTConfig()

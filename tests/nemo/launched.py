@@ -116,20 +116,29 @@ def start(settings: Settings, checkpoint: Path, sabotage: Sabotage | None = None
     ranks = settings.trainer.gpus_per_node
     if torchrun is None:
         code = (
-            "import sys; from nemo_eaft.compose import compose; from nemo_eaft.launch import run_local; "
+            "import sys; from nemo_eaft.compose import compose; from nemo_eaft.launch import Program, run_local; "
             "from nemo_eaft.ready import make_ready; settings = compose(sys.argv[1], []); make_ready(settings); "
-            f"sys.exit(run_local(settings, sys.argv[1:], module={MODULE!r}))"
+            f"sys.exit(run_local(settings, sys.argv[1:], Program({MODULE!r})))"
         )
         command = [sys.executable, "-c", code, str(conf)]
     else:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += [f"--max-restarts={torchrun}", "-m", MODULE, str(conf)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RUN_MARK": str(run_dir)}
-    environment["SABOTAGE_MARK"] = str(run_dir.with_name(run_dir.name + ".mark"))
-    environment["SABOTAGE_CPU"] = "1"
-    environment.pop(NAME, None)
+    environment = {"SABOTAGE_MARK": str(run_dir.with_name(run_dir.name + ".mark")), "SABOTAGE_CPU": "1"}
     if sabotage is not None:
         environment[NAME] = json.dumps(dataclasses.asdict(sabotage))
+    return _start(command, run_dir, environment)
+
+
+def start_command(words: list[str], run_dir: Path) -> Job:
+    """Start `nemo-eaft` with these words, which are to write into `run_dir`."""
+    return _start([sys.executable, "-m", "nemo_eaft.cli", *words], run_dir, {})
+
+
+def _start(command: list[str], run_dir: Path, more: dict[str, str]) -> Job:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RUN_MARK": str(run_dir)}
+    environment.pop(NAME, None)
+    environment |= more
     log = run_dir.with_name(run_dir.name + ".log")
     with log.open("ab") as out:
         started = time.monotonic()

@@ -151,6 +151,7 @@ def run_settings(hf: Path, rows: Path, run_dir: Path, **changes: Any) -> Setting
         "val_every": 0,
         "val_batches": 2,
         "save_every": 1000,
+        "histogram_every": 0,
         "seed": 7,
     } | changes.get("trainer", {})
     parallel = changes.get("parallel", {})

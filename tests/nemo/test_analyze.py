@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
-import re
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_eaft import cli
+from nemo_eaft import cli, compose
 from nemo_eaft.analyze import collect, state
 from nemo_eaft.analyze.report import write_report
 from nemo_eaft.analyze.state import State
 from nemo_eaft.analyze.tally import SUMS
+from nemo_eaft.checkpoints import checkpoints_in
 from nemo_eaft.data import prepare
-from nemo_eaft.ready import Ready
+from nemo_eaft.ready import CONFIG, Ready
 from nemo_eaft.settings import Settings
-from tests.nemo import analyzing, models, reference
-from tests.nemo.conftest import Workshop
+from nemo_eaft.stop import EXIT_STOPPED, REQUEST, read_stopped, request
+from tests.nemo import analyzing, jobs, launched, models, reference
+from tests.nemo.conftest import Run, Workshop
 from tests.nemo.ranks import run_ranks
 
 ROWS = 27
@@ -43,7 +47,9 @@ class Bench:
         self.rows.mkdir()
         models.write_rows(self.rows / "training.jsonl", ROWS, seed=5)
 
-    def settings(self, name: str, *, world: int = 1, **changes: Any) -> Settings:
+    def settings(
+        self, name: str, *, world: int = 1, hf: Path | None = None, rows: Path | None = None, **changes: Any
+    ) -> Settings:
         from transformers import AutoTokenizer
 
         parallel = changes.get("parallel", {})
@@ -51,17 +57,21 @@ class Bench:
         # Over data-parallel ranks each cuts its part of a batch into two micro-batches.
         batch = 2 * copies * (2 if copies > 1 else 1)
         trainer = {"gpus_per_node": world, "micro_batch_size": 2, "global_batch_size": batch}
-        hf, run_dir = self.workshop.hf("llama"), self.workshop.root / "runs" / name
-        data = {"validation": None}
-        settings = models.run_settings(hf, self.rows, run_dir, trainer=trainer, data=data, parallel=parallel)
+        trainer |= changes.get("trainer", {})
+        hf, run_dir = hf or self.workshop.hf("llama"), self.workshop.root / "runs" / name
+        settings = models.run_settings(
+            hf, rows or self.rows, run_dir, trainer=trainer, data={"validation": None}, parallel=parallel
+        )
         prepare(settings, AutoTokenizer.from_pretrained(hf))
         return settings
 
+    def ready(self) -> Ready:
+        return Ready(self.workshop.nemo("llama"), False)
+
     def analyze(self, name: str, world: int = 1, **changes: Any) -> State:
-        settings = self.settings(name, world=world, **changes)
-        checkpoint = self.workshop.nemo("llama")
-        assert run_ranks(analyzing.analyze, world, settings, checkpoint) == [True] * world
-        return state.load(settings, Ready(checkpoint, False))
+        settings, ready = self.settings(name, world=world, **changes), self.ready()
+        assert run_ranks(analyzing.analyze, world, settings, ready) == [True] * world
+        return state.load(settings, ready)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +79,8 @@ def one(bench: Bench) -> State:
     return bench.analyze("analyze-1")
 
 
-def by_transformers(workshop: Workshop, rows: Path) -> tuple[dict[str, float], np.ndarray]:
+def by_transformers(model: torch.nn.Module, rows: Path) -> tuple[dict[str, float], np.ndarray]:
     """The sums of the answer tokens and [tokens, 2] of entropy ratio and probability, in float64."""
-    model = workshop.model("llama")
     sums: dict[str, float] = dict.fromkeys([*SUMS, "tokens", "conflicts"], 0.0)
     places = []
     for answer, tokens in reference.read_rows(rows).items():
@@ -101,7 +110,7 @@ def by_transformers(workshop: Workshop, rows: Path) -> tuple[dict[str, float], n
 
 
 def test_equals_transformers(bench: Bench, one: State) -> None:
-    expected, places = by_transformers(bench.workshop, bench.rows / "training.jsonl")
+    expected, places = by_transformers(bench.workshop.model("llama"), bench.rows / "training.jsonl")
     tally = one.tally
     assert (tally.rows, one.rows_done, tally.not_finite) == (ROWS, ROWS, 0)
     assert (tally.tokens, tally.conflicts) == (expected["tokens"], expected["conflicts"])
@@ -132,12 +141,18 @@ def test_every_layout_gives_the_same(bench: Bench, one: State, world: int, paral
     assert [row.row for row in found.top_rows] == [row.row for row in tally.top_rows]
 
 
+def test_in_bf16_as_on_a_gpu(bench: Bench, one: State) -> None:
+    """The model is in one wrapper more then, and its weights take two bytes each."""
+    found, tally = bench.analyze("analyze-bf16", trainer={"precision": "bf16"}).tally, one.tally
+    assert (found.rows, found.tokens, found.not_finite) == (tally.rows, tally.tokens, 0)
+    assert np.allclose(found.sums[:5], tally.sums[:5], rtol=0.03)
+
+
 def test_killed_and_started_again_is_the_same_bit_for_bit(bench: Bench, one: State) -> None:
-    settings, checkpoint = bench.settings("analyze-killed"), bench.workshop.nemo("llama")
-    run_ranks(analyzing.analyze, 1, settings, checkpoint, 1, dies=True)
-    ready = Ready(checkpoint, False)
+    settings, ready = bench.settings("analyze-killed"), bench.ready()
+    run_ranks(analyzing.analyze, 1, settings, ready, 1, dies=True)
     assert state.load(settings, ready).rows_done == 2 * collect.EVERY
-    assert run_ranks(analyzing.analyze, 1, settings, checkpoint) == [True]
+    assert run_ranks(analyzing.analyze, 1, settings, ready) == [True]
     again = state.load(settings, ready)
     assert json.dumps(again.tally.to_json()) == json.dumps(one.tally.to_json())
 
@@ -158,33 +173,111 @@ def test_the_files(bench: Bench, one: State) -> None:
     assert f"line {row.row + 1} of training.jsonl" in page
 
 
-def test_from_the_shell(bench: Bench, one: State, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Wrong input is told; an analysis ends with the same numbers; started again it has nothing left to do."""
-    hf, rows = str(bench.workshop.hf("llama")), str(bench.rows / "training.jsonl")
-    words = ["analyze", hf, rows, "run.backend=cpu", "trainer.precision=fp32", f"run.dir={tmp_path / 'run'}"]
-    words += [f"model.imported={bench.workshop.nemo('llama')}", f"trainer.seq_length={models.SEQ_LENGTH}"]
-    words += ["trainer.micro_batch_size=2"]
+def test_chat_rows_of_the_same_tokens_are_the_same(bench: Bench, one: State) -> None:
+    """They come as token ids, through another data set of ours."""
+    from transformers import AutoTokenizer
+
+    folder, hf = bench.workshop.root / "analyze-chat", bench.workshop.root / "hf-chat"
+    folder.mkdir()
+    shutil.copytree(bench.workshop.hf("llama"), hf)
+    tokenizer = AutoTokenizer.from_pretrained(hf)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(hf)
+    with (folder / "training.jsonl").open("w") as file:
+        for line in (bench.rows / "training.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            turns = [{"role": "user", "content": row["input"]}, {"role": "assistant", "content": row["output"]}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    settings = bench.settings("analyze-chat", hf=hf, rows=folder)
+    assert run_ranks(analyzing.analyze, 1, settings, bench.ready()) == [True]
+    found = state.load(settings, bench.ready()).tally
+    assert json.dumps(found.to_json()) == json.dumps(one.tally.to_json())
+
+
+def test_asked_to_stop_and_started_again_with_other_micro_batches(bench: Bench, one: State) -> None:
+    """Rows are counted over all starts, and none twice."""
+    ready, done = bench.ready(), 0
+    for trainer, asked in (({}, 1), ({"micro_batch_size": 1, "global_batch_size": 1}, 1), ({}, None)):
+        settings = bench.settings("analyze-asked", trainer=trainer)
+        if asked is None:
+            # Too late: it is seen when all rows are counted.
+            request(Path(settings.run.dir), "by the test")
+        assert run_ranks(analyzing.analyze, 1, settings, ready, None, asked) == [asked is None]
+        done += collect.EVERY * settings.trainer.global_batch_size
+        if asked is not None:
+            note = read_stopped(Path(settings.run.dir))
+            assert note is not None
+            assert (note.step, state.load(settings, ready).rows_done) == (done, done)
+    assert not (Path(settings.run.dir) / REQUEST).exists()
+    again = state.load(settings, ready)
+    assert again.rows_done == ROWS
+    assert again.tally.rows == ROWS
+    assert np.allclose(again.tally.sums, one.tally.sums, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def trained(bench: Bench) -> Run:
+    """A run of two tensor-parallel ranks; config.yaml says where its import lies."""
+    run = bench.workshop.train(
+        "saved", world=2, parallel={"tensor": 2}, trainer={"max_steps": 2, "save_every": 2}, plan={"save": True}
+    )
+    model = dataclasses.replace(run.settings.model, imported=str(bench.workshop.nemo("llama")))
+    compose.save(dataclasses.replace(run.settings, model=model), run.dir / CONFIG)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_from_the_shell(
+    bench: Bench, one: State, trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong input is told; a trained run is analysed, stopped by SIGTERM, and goes on to the numbers of its export;
+    started again it has nothing left to do."""
+    rows, run_dir = str(bench.rows / "training.jsonl"), tmp_path / "run"
+    more = [rows, "run.backend=cpu", "trainer.precision=fp32", f"trainer.seq_length={models.SEQ_LENGTH}"]
+    more += ["trainer.micro_batch_size=2", f"run.dir={run_dir}"]
+    imported = f"model.imported={bench.workshop.nemo('llama')}"
     for wrong, said in (
         (["data.packed=true"], "data.packed=true"),
         (["parallel.context=2", "trainer.gpus_per_node=2"], "parallel.context=2"),
         (["loss.fused_linear=true"], "loss.fused_linear=true"),
         (["trainer.seq_length=4"], "allows no more than that"),
     ):
-        assert cli.main([*words, *wrong]) == 2
+        assert cli.main(["analyze", str(bench.workshop.hf("llama")), *more, imported, *wrong]) == 2
         assert said in capfd.readouterr().err
-        assert not (tmp_path / "run").exists()
+        assert not run_dir.exists()
+
+    words = ["analyze", str(trained.dir), *more]
+    job = launched.start_command([*words], run_dir)
+    job.until(lambda: "CPU backend on" in job.output())
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait(200) == EXIT_STOPPED
+    done = 2 * collect.EVERY
+    assert f"after row {done}, saved in {run_dir / state.FILE}; the same command" in job.last_line()
+    assert not (run_dir / "analysis.json").exists()
+
     assert cli.main(words) == 0
-    said = capfd.readouterr()
-    assert "advice: " in said.out
-    # No terminal: a line at once, and then every minute.
-    (line,) = (line for line in said.err.splitlines() if line.startswith("analyze: "))
-    assert re.fullmatch(rf"analyze: {2 * collect.EVERY} of {ROWS} rows, \d+ tokens/s, \d+s left", line)
-    first = (tmp_path / "run" / "analysis.json").read_bytes()
+    said = capfd.readouterr().out
+    assert f"goes on after {done} of {ROWS} rows" in said
+    assert "advice: " in said
+    first = (run_dir / "analysis.json").read_bytes()
     found = json.loads(first)
-    assert found["mean"]["cross_entropy"] == one.tally.sums[0] / one.tally.tokens
-    os.unlink(tmp_path / "run" / "analysis.json")
+    (checkpoint,) = checkpoints_in(trained.dir)
+    assert found["model"] == f"saved/{checkpoint.name}"
+    run_ranks(jobs.to_hf, 1, checkpoint, tmp_path / "hf", bench.workshop.nemo("llama") / "hf")
+    expected, _ = by_transformers(reference.load_model(tmp_path / "hf"), bench.rows / "training.jsonl")
+    assert (found["tokens"], found["conflicts"]["tokens"]) == (expected["tokens"], expected["conflicts"])
+    for name, value in found["mean"].items():
+        assert value == pytest.approx(expected[name] / expected["tokens"], rel=1e-5), name
+    # The training has moved it, so the imported weights would not do.
+    before = one.tally.sums[0] / one.tally.tokens
+    assert abs(found["mean"]["cross_entropy"] - before) > 1e-3 * before
+
+    os.unlink(run_dir / "analysis.json")
     assert cli.main(words) == 0
     assert "goes on" not in capfd.readouterr().out
-    assert (tmp_path / "run" / "analysis.json").read_bytes() == first
+    assert (run_dir / "analysis.json").read_bytes() == first
     assert cli.main([*words, "loss.alpha=2"]) == 2
     assert "loss.alpha: 1.0 -> 2.0" in capfd.readouterr().err

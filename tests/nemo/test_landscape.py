@@ -66,7 +66,13 @@ def test_tensorboard_has_it(run: Run) -> None:
     tags = board.Tags()
     assert "eaft/landscape" in tags["images"]
     assert {"eaft/entropy", "eaft/weight"} <= set(tags["histograms"])
-    assert [event.step for event in board.Images("eaft/landscape")] == [1, 2, 3]
+    # One numbering for all: that of the loss, NeMo's own included.
+    names = [f"entropy_p{part}" for part in PERCENTILES] + [f"weight_p{part}" for part in PERCENTILES]
+    for tag in ("reduced_train_loss", "eaft/loss", *(f"eaft/{name}" for name in names)):
+        assert [event.step for event in board.Scalars(tag)] == [0, 1, 2], tag
+    assert [event.step for event in board.Images("eaft/landscape")] == [0, 1, 2]
+    for tag in ("eaft/entropy", "eaft/weight"):
+        assert [event.step for event in board.Histograms(tag)] == [0, 1, 2], tag
     picture = board.Images("eaft/landscape")[0]
     assert (picture.width, picture.height) == (800, 600)
     for event, line in zip(board.Histograms("eaft/weight"), lines(run.dir), strict=True):
@@ -128,7 +134,7 @@ def test_only_every_nth_step_and_a_resume_repeats_none(tmp_path: Path) -> None:
                 metrics = StepMetrics(
                     loss=1.0, cross_entropy=1.0, entropy=1.0, weight=1.0, conflict_fraction=0.0, tokens=3
                 )
-                landscape.write(vector, number, metrics, [])
+                landscape.write(vector, number, metrics, [], number - 1)
 
     steps(range(1, 7))
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6]
@@ -155,5 +161,5 @@ def test_never_and_without_a_token(tmp_path: Path) -> None:
         def log_metrics(self, values: dict[str, float], step: int) -> None:
             assert set(values.values()) == {0.0}
 
-    always.write(vector, 1, metrics, [Logger()])
+    always.write(vector, 1, metrics, [Logger()], 0)
     assert lines(tmp_path)[0]["tokens"] == 0
