@@ -1,4 +1,4 @@
-"""``torchrun`` that also writes down why it ended: ``python -m nemo_eaft.agent REPORT [argument of torchrun ...]``.
+"""``torchrun`` that also says why it ended: ``python -m nemo_eaft.agent REPORT LAUNCHER [torchrun's argument ...]``.
 
 A rank that was killed leaves no traceback, and its peers each leave one about a closed connection. Only the agent, as
 the parent of the ranks, knows who went first and by what signal. REPORT is left alone if no signal was the cause.
@@ -82,13 +82,14 @@ def read_report(path: Path) -> Killed | None:
 
 def main(argv: list[str]) -> int:
     """Run ``torchrun`` in this process; 0, or 1 when a rank failed."""
+    report, launcher, *words = argv
+    # A launcher that was killed leaves no ranks behind: torchrun ends its own when it gets SIGTERM. Before torch, whose
+    # import takes seconds, in which the launcher may be killed as well.
+    end_with_parent(int(launcher), lambda: os.kill(os.getpid(), signal.SIGTERM))
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    report, *words = argv
     arguments: Any = run.parse_args(words)
-    # A launcher that was killed leaves no ranks behind: torchrun ends its own when it gets SIGTERM.
-    end_with_parent(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     os.environ[AGENT] = str(os.getpid())
     try:
         run.run(arguments)

@@ -163,7 +163,7 @@ def run_local(settings: Settings, arguments: list[str], program: Program = TRAIN
     with tempfile.TemporaryDirectory(prefix="nemo-eaft-") as folder:
         report = Path(folder) / "killed.json"
         # --standalone: the system chooses the port, so two runs on a machine do not meet.
-        command = [sys.executable, "-m", "nemo_eaft.agent", str(report), "--standalone", "--nnodes=1"]
+        command = [sys.executable, "-m", "nemo_eaft.agent", str(report), str(os.getpid()), "--standalone", "--nnodes=1"]
         command += [f"--nproc-per-node={trainer.gpus_per_node}", f"--max-restarts={settings.run.max_restarts}"]
         ranks = subprocess.Popen([*command, "-m", program.module, *arguments], env=environment)
         code = _wait(ranks, run_dir, program)

@@ -27,7 +27,12 @@ def end_with_agent() -> None:
     """
     agent = os.environ.get(AGENT)
     if agent is not None:
-        end_with_parent(int(agent), lambda: os._exit(1))
+        end_with_parent(int(agent), lambda: _end(agent))
+
+
+def _end(agent: str) -> None:
+    os.write(2, f"nemo-eaft: process {agent}, which started this rank ({AGENT}), is gone: the rank ends\n".encode())
+    os._exit(1)
 
 
 def _watch(parent: int, end: Callable[[], object]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -296,8 +299,8 @@ def test_the_launcher_names_the_first_cause(
 
 
 @pytest.fixture
-def launcher(tmp_path: Path, fake_rank: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A launcher of two ranks that sleep."""
+def starting(tmp_path: Path, fake_rank: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A launcher that is about to start two ranks that sleep; nothing of them may outlive it."""
     code = f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})
@@ -309,11 +312,6 @@ def launcher(tmp_path: Path, fake_rank: str) -> Iterator[subprocess.Popen[bytes]
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
     try:
-        deadline = time.monotonic() + 60
-        while not all((tmp_path / "run" / f"rank{n}").exists() for n in (0, 1)):
-            assert time.monotonic() < deadline, "the ranks did not start"
-            assert process.poll() is None
-            time.sleep(0.1)
         yield process
         process.kill()
         # Nothing of the run is left: no process has its folder among its arguments.
@@ -326,6 +324,17 @@ def launcher(tmp_path: Path, fake_rank: str) -> Iterator[subprocess.Popen[bytes]
         process.wait()
         for pid in _processes_with(str(tmp_path / "run")):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def launcher(starting: subprocess.Popen[bytes], tmp_path: Path) -> subprocess.Popen[bytes]:
+    """The same, once its ranks sleep."""
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / "run" / f"rank{n}").exists() for n in (0, 1)):
+        assert time.monotonic() < deadline, "the ranks did not start"
+        assert starting.poll() is None
+        time.sleep(0.1)
+    return starting
 
 
 @pytest.mark.slow
@@ -363,6 +372,26 @@ def test_a_launcher_and_agent_that_are_killed_at_once_leave_no_ranks(
     for pid in (agent, launcher.pid):
         os.kill(pid, signal.SIGKILL)
     launcher.wait()
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_while_its_agent_starts_leaves_nothing(
+    starting: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    """The agent takes seconds to import torch; it must not take the process that adopts it then for its launcher."""
+    deadline = time.monotonic() + 60
+    while not _processes_with(str(tmp_path / "run")):
+        assert time.monotonic() < deadline, "no agent"
+        time.sleep(0.01)
+    starting.kill()
+    starting.wait()
+
+
+@pytest.mark.parametrize("entry", ["nemo_eaft.cli", "nemo_eaft.analyze.job"])
+def test_real_ranks_watch_their_agent(entry: str) -> None:
+    """That the call is there; what it does is tested above with ranks that stand in for them."""
+    source = inspect.getsource(importlib.import_module(entry))
+    assert re.search(r"^    end_with_agent\(\)$", source, re.MULTILINE)
 
 
 def _processes_with(text: str) -> list[int]:

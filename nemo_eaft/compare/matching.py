@@ -8,7 +8,7 @@ checkpoints leave open is not shown. With one seed for each learning rate it is 
 what another seed would do.
 
 Few seeds drawn with replacement spread too little: of three normal ones the plain percentile interval holds the true
-mean 70 times in 100, not 95. So each draw's distance from the mean over all seeds is made wider by
+mean 75 times in 100, not 95. So each draw's distance from the mean over all seeds is made wider by
 :func:`seed_scale`, after which it is 95 of 100 for three seeds, 93 for two and 94 for five (simulated in
 ``tests/compare/test_statistics.py``). The rows are many and are drawn plainly.
 """
@@ -282,9 +282,18 @@ def _most_seeds(paths: Sequence[Path]) -> dict[str, dict[float | None, list[Path
 
 def _check(paths: Sequence[Path]) -> None:
     base = paths[0].points[0]
+    known: dict[tuple[object, ...], str] = {}
     for path in paths:
         if path.points[0] != base:
             raise ValueError(f"{path.name} and {paths[0].name} do not begin at the same measured base model")
+        if path.seed is not None:
+            other = known.setdefault((path.method, path.learning_rate, path.seed), path.name)
+            if other != path.name:
+                # Counted as two seeds they would make the interval narrow.
+                raise ValueError(
+                    f"{other} and {path.name} are both {path.method} at learning rate {path.learning_rate:g} with seed "
+                    f"{path.seed}: give one of them"
+                )
 
 
 def _interval(values: Values, margin: Values) -> Interval:

@@ -16,8 +16,9 @@ from nemo_eaft.ready import CONFIG, LAYOUT, MAY_DIFFER
 from nemo_eaft.settings import Settings, known_keys
 from nemo_eaft.settings_data import DataSettings
 
+_TRAINED_ON = ("train", "train_split", "train_rows")
 _SAME_ROWS = (
-    *(f"data.{entry.name}" for entry in fields(DataSettings) if entry.name not in ("train", "train_split")),
+    *(f"data.{entry.name}" for entry in fields(DataSettings) if entry.name not in _TRAINED_ON),
     "model.hf",
     "model.tokenizer",
 )

@@ -58,7 +58,11 @@ def at_level(course: Course, levels: Values) -> Between:
     whose third derivative keeps its sign lies between the two (the remainders of the interpolation have opposite
     signs); ``value`` is their middle and ``margin`` half of what is between them. Behind the last checkpoint there is
     none, and before the first trained one nothing comes before the base model: there the curvature is taken to be
-    between none and twice that of the one parabola. All stays between the values of the two checkpoints.
+    between none and twice that of the one parabola.
+
+    A curve that rises, or falls, through all four checkpoints is taken to do so between them: all stays between the
+    values of the two. Where it turns at one of the two, the margin reaches as far as the parabolas leave them, at most
+    over their difference; and over all of it where two neighbours are at one level, through which there is no parabola.
     """
     quality, other, _ = course
     points = quality.shape[-1]
@@ -83,7 +87,6 @@ def at_level(course: Course, levels: Values) -> Between:
         slope = np.diff(other) / np.diff(quality)
         # Curvature of the parabola through three neighbours; two at the same level have no parabola.
         bend = np.diff(slope) / (quality[..., 2:] - quality[..., :-2])
-        bend = np.where(np.isfinite(bend), bend, 0.0)
         # Of the two through a segment, that ends at point 1, 2, ...; with one alone, none and twice its curvature.
         none = np.zeros((*bend.shape[:-1], 1))
         before, behind = np.concatenate([none, bend], -1), np.concatenate([bend, none], -1)
@@ -94,13 +97,19 @@ def at_level(course: Course, levels: Values) -> Between:
         low, high = take(other, after - 1), take(other, after)
         straight = low + take(slope, after - 1) * (levels - begun)
         inside = (levels - begun) * (levels - ended)
-        bounds = [
-            np.clip(straight + take(each, after - 1) * inside, np.minimum(low, high), np.maximum(low, high))
-            for each in (before, behind)
-        ]
+        rises = np.sign(np.diff(other))
+        # At the two ends of the run nothing is known to turn.
+        end = np.zeros((*rises.shape[:-1], 1), dtype=bool)
+        turn = np.concatenate([end, rises[..., 1:] * rises[..., :-1] < 0, end], -1)
+        turns = take(turn[..., 1:] | turn[..., :-1], after - 1)
+        free = [straight + take(each, after - 1) * inside for each in (before, behind)]
+        held = [np.clip(each, np.minimum(low, high), np.maximum(low, high)) for each in free]
+        known = np.isfinite(free[0]) & np.isfinite(free[1])
+        middle = np.where(known, (held[0] + held[1]) / 2, straight)
+        far = np.max([np.abs(np.where(turns, f, h) - middle) for f, h in zip(free, held, strict=True)], axis=0)
+        far = np.where(known, np.minimum(far, np.abs(high - low)), np.abs(high - low))
     found = (place > 0) & (place < points)
-    value = np.where(found, (bounds[0] + bounds[1]) / 2, np.nan)
-    margin = np.where(found, np.abs(bounds[0] - bounds[1]) / 2, np.nan)
+    value, margin = np.where(found, middle, np.nan), np.where(found, far, np.nan)
     begins = (place == 0) & (levels == quality[..., :1])
     return Between(np.where(begins, other[..., :1], value), np.where(begins, 0.0, margin))
 

@@ -43,7 +43,7 @@ def test_configurations_are_trained_and_measured_as_exported(
     dies_in: dict[str, int] = {}
     started: list[str] = []
 
-    def start_warm(settings: Settings, words: list[str], module: str = "nemo_eaft.train") -> int:
+    def start_warm(settings: Settings, words: list[str]) -> int:
         name = Path(settings.run.dir).name
         started.append(name)
         step = dies_in.pop(name, None)
