@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eaft import compose
+from nemo_eaft.atomic import replacing
 from nemo_eaft.checkpoints import checkpoints_in, is_checkpoint, is_unfinished
 from nemo_eaft.ready import CONFIG, LAYOUT, MAY_DIFFER, check_place
 from nemo_eaft.saved import METRICS
@@ -52,6 +55,13 @@ _BATCH = "trainer.global_batch_size"
 MAY_CHANGE = frozenset((*WITHOUT_EFFECT, *MAY_DIFFER, *LAYOUT, _BATCH))
 """Settings that may be others when an analysis goes on: it does not read them, or they say how the work is cut."""
 
+PATHS = ("model.hf", "model.imported", "model.tokenizer", "data.train")
+"""Settings that may be paths, which can be written in several ways: compared by what they lead to."""
+
+INPUTS = "analyze.inputs.json"
+"""File in ``run.dir``: what is analysed there. The settings do not name a checkpoint, and their relative paths are of
+the folder that they were given in."""
+
 
 def settings_of(model: str, data: str, overrides: Sequence[str]) -> tuple[Settings, Path | None]:
     """The settings of an analysis, and the checkpoint of a run that is analysed; None: the imported model.
@@ -82,11 +92,18 @@ def settings_of(model: str, data: str, overrides: Sequence[str]) -> tuple[Settin
     return compose.compose(str(START), [*given, *overrides], finish=finish), weights
 
 
-def check_folder(settings: Settings) -> None:
+def check_folder(settings: Settings, model: str, weights: Path | None) -> None:
     """Refuse a ``run.dir`` that holds a training, or another analysis unless ``run.resume=false`` gives it up.
 
+    Paths are the same if they lead to the same place. A newer checkpoint of the run that MODEL is, is no other
+    analysis: its numbers replace the older ones, as those of a file do that was changed.
+
+    Args:
+        settings, weights: of :func:`settings_of`.
+        model: MODEL, as it was given.
+
     Raises:
-        ValueError: with the settings that differ.
+        ValueError: with the settings that differ, and MODEL if that does.
     """
     folder = Path(settings.run.dir)
     check_place(folder)
@@ -94,13 +111,62 @@ def check_folder(settings: Settings) -> None:
         raise ValueError(f"run.dir={folder} holds a training: choose another run.dir for its analysis")
     if not settings.run.resume or not (folder / CONFIG).is_file():
         return
-    different = compose.difference(compose.load(folder / CONFIG), settings, ignore=MAY_CHANGE)
+    old = compose.load(folder / CONFIG)
+    before, now = _read_inputs(folder), _inputs(settings, model, weights)
+    if before is None:
+        before = {key: now[key] for key in ("MODEL", "weights")} | {key: _place(_value(old, key)) for key in PATHS}
+    # Of a model that is no run of ours the weights are None, and model.hf says which it is.
+    keys = ["MODEL"] if before["weights"] != now["weights"] else []
+    different = [
+        f"{key}: {json.dumps(before[key], ensure_ascii=False)} -> {json.dumps(now[key], ensure_ascii=False)}"
+        for key in (*keys, *PATHS)
+        if not _same(before[key], now[key])
+    ] + compose.difference(old, settings, ignore={*MAY_CHANGE, *PATHS, "run.dir"})
     if different:
         listed = "\n  ".join(different)
         raise ValueError(
             f"run.dir={folder} holds another analysis; choose another run.dir, go back to its settings, or replace it "
             f"with run.resume=false:\n  {listed}"
         )
+
+
+def save_inputs(settings: Settings, model: str, weights: Path | None) -> None:
+    """Leave in ``run.dir`` what is analysed there, for :func:`check_folder` of a later start."""
+    with replacing(Path(settings.run.dir) / INPUTS) as temporary:
+        temporary.write_text(json.dumps(_inputs(settings, model, weights), indent=1) + "\n", encoding="utf-8")
+
+
+def _inputs(settings: Settings, model: str, weights: Path | None) -> dict[str, str | None]:
+    found = {"MODEL": _place(model), "weights": None if weights is None else str(weights)}
+    return found | {key: _place(_value(settings, key)) for key in PATHS}
+
+
+def _read_inputs(folder: Path) -> dict[str, str | None] | None:
+    """None: there is no such file, or it cannot be read."""
+    try:
+        found = json.loads((folder / INPUTS).read_text(encoding="utf-8"))
+        return {key: found[key] for key in ("MODEL", "weights", *PATHS)}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _value(settings: Settings, key: str) -> str | None:
+    group, _, name = key.partition(".")
+    value: str | None = getattr(getattr(settings, group), name)
+    return value
+
+
+def _same(before: str | None, now: str | None) -> bool:
+    # What is not there now is told later, by what reads it: that it is another one is not known.
+    return before == now or (now is not None and before == os.path.realpath(Path(now).expanduser()))
+
+
+def _place(value: str | None) -> str | None:
+    """Where a path leads to, as :func:`os.path.realpath`; a name of the hub, which is no path, as it is."""
+    if value is None:
+        return None
+    path = Path(value).expanduser()
+    return os.path.realpath(path) if path.exists() else value
 
 
 def warn_without_effect(overrides: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nemo_eaft.analyze import state as states
-from nemo_eaft.analyze.inputs import check_folder, settings_of, spoken, warn_without_effect
+from nemo_eaft.analyze.inputs import check_folder, save_inputs, settings_of, spoken, warn_without_effect
 from nemo_eaft.integrity import SUMS, faults
 from nemo_eaft.launch import (
     LAUNCHER,
@@ -50,8 +50,8 @@ def run(model: str, data: str, overrides: Sequence[str]) -> int:
         # Once, and not by every rank.
         warn_without_effect(overrides)
     if place is not None:
-        return _rank(settings, weights, *place)
-    ready = _make_ready(settings, weights)
+        return _rank(settings, model, weights, *place)
+    ready = _make_ready(settings, model, weights)
     if not ready.finished:
         code = run_local(settings, [model, data, *overrides], PROGRAM)
         if code:
@@ -60,10 +60,10 @@ def run(model: str, data: str, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _make_ready(settings: Settings, weights: Path | None) -> Ready:
-    """As :func:`nemo_eaft.ready.make_ready`, for forward passes on all rows."""
+def _make_ready(settings: Settings, named: str, weights: Path | None) -> Ready:
+    """As :func:`nemo_eaft.ready.make_ready`, for forward passes on all rows of the MODEL that is `named` so."""
     check_machine(settings)
-    check_folder(settings)
+    check_folder(settings, named, weights)
     run_dir = Path(settings.run.dir)
     by_launcher = made_by_launcher(run_dir)
     if by_launcher is not None and not missing_of(settings, by_launcher):
@@ -77,6 +77,7 @@ def _make_ready(settings: Settings, weights: Path | None) -> Ready:
     prepared = prepare_rows(settings, model)
     checkpoint = import_model(settings, model, weights=weights is None).absolute()
     save_config(settings)
+    save_inputs(settings, named, weights)
     ready = Ready(checkpoint, False, weights)
     # Of ranks that are started again the state is their own.
     if not settings.run.resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
@@ -103,7 +104,7 @@ def _start_anew(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def _rank(settings: Settings, weights: Path | None, rank: int, ranks: int) -> int:
+def _rank(settings: Settings, model: str, weights: Path | None, rank: int, ranks: int) -> int:
     from nemo_eaft import stop
     from nemo_eaft.orphans import end_with_agent
     from nemo_eaft.restart import check_store, name_this_start
@@ -117,7 +118,7 @@ def _rank(settings: Settings, weights: Path | None, rank: int, ranks: int) -> in
         # Before write_error can act: until these pass, run.dir may be another run's.
         check_world(settings, ranks)
         check_store()
-        check_folder(settings)
+        check_folder(settings, model, weights)
     except ValueError as error:
         tell_torchrun(error)
         raise
@@ -126,7 +127,7 @@ def _rank(settings: Settings, weights: Path | None, rank: int, ranks: int) -> in
         if rank == 0:
             forget_errors(run_dir)
             stop.clear(run_dir)
-        ready = _make_ready(settings, weights) if rank == 0 else wait_ready(settings)
+        ready = _make_ready(settings, model, weights) if rank == 0 else wait_ready(settings)
         from nemo_eaft.analyze.run import analyze
 
         done = ready.finished or analyze(settings, ready)

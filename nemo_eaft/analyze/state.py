@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_eaft import compose
-from nemo_eaft.analyze.inputs import MAY_CHANGE
+from nemo_eaft.analyze.inputs import MAY_CHANGE, PATHS
 from nemo_eaft.analyze.tally import Tally
 from nemo_eaft.atomic import replacing
 from nemo_eaft.integrity import SUMS
@@ -33,19 +34,27 @@ class State:
 
 def identity(settings: Settings, ready: Ready) -> dict[str, Any]:
     """What must be the same for an analysis to go on: settings that are read but for the layout, rows, and
-    weights."""
+    weights. Rows and tokenizer are known by their content and weights by where they are, however that is written."""
     kept = compose.to_mapping(settings)
-    for key in MAY_CHANGE:
+    for key in (*MAY_CHANGE, *PATHS, "run.dir"):
         group, _, name = key.partition(".")
         kept[group].pop(name, None)
     weights = ready.resume_from or ready.checkpoint
     sums = weights / SUMS
     rows = json.loads((Path(settings.run.dir) / "data" / "prepared.json").read_text(encoding="utf-8"))["identity"]
+    # Of a data set the name is as it was given, and may be a path.
+    sources = {
+        part: {key: value for key, value in source.items() if key not in ("file", "dataset")}
+        for part, source in rows["sources"].items()
+    }
     return {
         "format": _FORMAT,
         "settings": kept,
-        "rows": rows,
-        "weights": [str(weights), hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None],
+        "rows": rows | {"sources": sources},
+        "weights": [
+            os.path.realpath(weights),
+            hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None,
+        ],
     }
 
 

@@ -327,7 +327,7 @@ def _identity(settings: Settings, tokenizer: Any, sources: dict[str, Source]) ->
         # A source with bad rows is refused under one and shortened under the other.
         "on_bad_row": data.on_bad_row,
         "validation": [trainer.global_batch_size, trainer.val_every, trainer.val_batches] if data.validation else [],
-        # Nothing where it is not given: what older versions wrote stays good.
+        # Nothing where it is not given: rows written before there was this setting stay good.
         **({} if data.train_rows is None else {"train_rows": data.train_rows}),
     }
 
@@ -339,7 +339,13 @@ def _mapping(data: DataSettings) -> list[Any]:
 
 def _already(root: Path, identity: dict[str, Any]) -> PreparedData | None:
     written = _written(root)
-    return written[1] if written is not None and written[0] == identity else None
+    if written is None:
+        return None
+    old, prepared = written
+    if "validation" not in identity["sources"]:
+        # Earlier versions wrote how validation is done without any too. It changes no row, so those rows stay good.
+        old = old | {"validation": []}
+    return prepared if old == identity else None
 
 
 def _written(root: Path) -> tuple[dict[str, Any], PreparedData] | None:

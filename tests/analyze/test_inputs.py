@@ -196,7 +196,7 @@ def test_what_another_start_may_change(tmp_path: Path) -> None:
     folder = f"run.dir={tmp_path / 'run'}"
 
     def begin(*words: str, data: str = "d.jsonl") -> None:
-        check_folder(settings_of("m", data, [*CPU, folder, *words])[0])
+        check_folder(settings_of("m", data, [*CPU, folder, *words])[0], "m", None)
 
     begin()
     compose.save(settings_of("m", "d.jsonl", [*CPU, folder])[0], tmp_path / "run" / "config.yaml")

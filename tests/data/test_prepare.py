@@ -232,6 +232,30 @@ def test_without_validation_its_settings_change_no_row(tmp_path: Path, tokenizer
     assert (tmp_path / "run" / "data" / "training.jsonl").stat().st_mtime_ns == before
 
 
+def test_rows_of_an_earlier_version_stay_good(tmp_path: Path, tokenizer: Any) -> None:
+    """It wrote the settings of a validation also where there are no rows for one."""
+    path = write_jsonl(tmp_path / "t.jsonl", GOOD)
+    settings = make_settings(tmp_path, path)
+    root = tmp_path / "run" / "data"
+
+    def written_anew(given: Any) -> bool:
+        """After the file took the earlier form."""
+        content = json.loads((root / "prepared.json").read_text())
+        content["identity"]["validation"] = [4, 100, 10]
+        (root / "prepared.json").write_text(json.dumps(content))
+        (mark := root / "training.jsonl.idx.npy").touch()
+        prepare(given, tokenizer)
+        return not mark.exists()
+
+    prepare(settings, tokenizer)
+    assert not written_anew(settings)
+    assert written_anew(make_settings(tmp_path, path, trainer={"seq_length": 100}))
+    # With rows for one they say whether these are enough.
+    with_rows = make_settings(tmp_path, path, write_jsonl(tmp_path / "v.jsonl", GOOD[:2]), trainer={"val_every": 1})
+    prepare(with_rows, tokenizer)
+    assert written_anew(with_rows)
+
+
 def test_second_time_reads_nothing_and_a_changed_source_is_read_again(tmp_path: Path, tokenizer: Any) -> None:
     path = write_jsonl(tmp_path / "t.jsonl", GOOD)
     settings = make_settings(tmp_path, path)
