@@ -1,7 +1,7 @@
 """What ``loss.top_k`` does to the weights of a real model on real rows: ``python -m benchmarks.weights_by_k``.
 
-Prints, as JSON, for each K the correlation of the weights (alpha 1) with those over the whole vocabulary, their mean, and
-how many tokens are confident conflicts: SmolLM2-135M in float32 on the first 48 training rows of the demo.
+Prints, as JSON, for each K the correlation of the weights (alpha 1) with those over the whole vocabulary, their mean,
+and how many tokens are confident conflicts: SmolLM2-135M in float32 on the first 48 training rows of the demo.
 """
 
 from __future__ import annotations

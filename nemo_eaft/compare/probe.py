@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from nemo_eaft.compare.forward import log_probabilities
@@ -44,7 +45,8 @@ def read_questions(path: Path, tokenizer: Any, scoring: Scoring) -> list[Questio
     """
     questions = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # By line feeds alone: a text may hold other characters that end a line elsewhere.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -75,6 +77,8 @@ def to_question(row: Any, tokenizer: Any, scoring: Scoring) -> Question:
     ids = [list(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers]
     if not prompt or not all(ids):
         raise ValueError("the question or one of its answers has no token")
+    if len(set(answers)) < len(answers):
+        raise ValueError("two answers are equal, so that none can be the likeliest alone")
     if scoring == "first" and len({each[0] for each in ids}) < len(ids):
         raise ValueError("two answers begin with the same token: their first tokens do not tell them apart")
     return Question(prompt, ids, right)
@@ -82,9 +86,17 @@ def to_question(row: Any, tokenizer: Any, scoring: Scoring) -> Question:
 
 def _prompt(row: dict[str, Any], tokenizer: Any) -> list[int]:
     if "messages" in row:
+        if "question" in row:
+            raise ValueError("'question' and 'messages' are both there; give one of them")
         if tokenizer.chat_template is None:
             raise ValueError("'messages' needs a tokenizer with a chat template; give 'question'")
-        text = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+        turns = row["messages"]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError("'messages' must be a list of turns, each with 'role' and 'content'")
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"the chat template cannot write 'messages': {error}") from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     question = row.get("question")
     if not isinstance(question, str) or not question:

@@ -99,6 +99,8 @@ def _find(word: str, overrides: Sequence[str]) -> Source:
         return Source(word, hf_folder(word), None)
     if folder.is_dir():
         raise ValueError(f"{word} is neither a run.dir ({CONFIG}) nor an exported model (config.json)")
+    if os.sep in word and not word.endswith(".yaml"):
+        raise ValueError(f"{word}: no such folder, nor a configuration, whose name ends with .yaml")
     settings = compose(word, overrides)
     return Source(word, Path(settings.run.dir), settings, trains=True)
 
@@ -125,7 +127,7 @@ def check_sources(sources: Sequence[Source]) -> Settings:
                 what = "base model" if key.startswith("model.") else "held-out rows"
                 raise ValueError(
                     f"{first.word} has {key}={json.dumps(mine[key])}, {source.word} has {json.dumps(theirs[key])}: "
-                    f"only runs from one base model with the same {what} can be compared"
+                    f"only runs with the same {what} can be compared"
                 )
     base = hf_folder(first.settings.model.hf)
     for source in sources:

@@ -124,7 +124,7 @@ def test_it_goes_on_after_the_last_measured_checkpoint(
         (["{folder}"], "neither a run.dir"),
         (["nowhere"], "is no shipped configuration"),
         (["{sft}", "{other}"], "differ; only runs from one base model"),
-        (["{sft}", "{rebased}"], "only runs from one base model with the same base model can be compared"),
+        (["{sft}", "{rebased}"], "only runs with the same base model can be compared"),
         (["{sft}", "{rows}"], "has data.validation="),
         (["{sft}", "data.validation=null"], "held-out rows are needed"),
         (["{sft}", "--reference", "dft"], "--reference dft is none of the methods sft"),

@@ -18,6 +18,7 @@ from nemo_eaft.compare.target import measure_target, read_rows
 from nemo_eaft.compare.text import measure_text, windows
 from nemo_eaft.data import Tokens
 from tests.compare.models import pair
+from tests.data import support
 from tests.nemo.models import VOCAB_SIZE, save_tokenizer
 
 
@@ -185,6 +186,20 @@ def test_probe(models: tuple[Any, Any], tokenizer: Any, tmp_path: Path) -> None:
         )
 
 
+def test_messages_that_the_template_cannot_write(tmp_path: Path) -> None:
+    tokenizer = support.make_tokenizer()
+    answers = {"answers": [" a", " b"], "right": 0}
+    for messages in ("hi", [{"role": "user"}]):
+        path = tmp_path / "probe.jsonl"
+        path.write_text(json.dumps({"messages": messages} | answers))
+        with pytest.raises(ValueError, match=r"probe\.jsonl, line 1: .*'messages'"):
+            read_questions(path, tokenizer, "full")
+    # A character that ends a line for Python, but not in JSON; and the mark that some editors write first.
+    row = {"messages": [{"role": "user", "content": "one\u2028two"}]} | answers
+    path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert len(read_questions(path, tokenizer, "full")) == 1
+
+
 @pytest.mark.parametrize(
     "row, named",
     [
@@ -195,6 +210,8 @@ def test_probe(models: tuple[Any, Any], tokenizer: Any, tmp_path: Path) -> None:
         ({"answers": ["t2", "t3"], "right": 0}, "'question' must be a text"),
         ({"messages": [], "answers": ["t2", "t3"], "right": 0}, "needs a tokenizer with a chat template"),
         ({"question": "t1", "answers": ["t2 t3", "t2 t4"], "right": 0}, "begin with the same token"),
+        ({"question": "t1", "answers": ["t2", "t2"], "right": 0}, "two answers are equal"),
+        ({"question": "t1", "messages": [], "answers": ["t2", "t3"], "right": 0}, "both there"),
     ],
 )
 def test_a_question_that_cannot_be_asked(tokenizer: Any, row: Any, named: str) -> None:
