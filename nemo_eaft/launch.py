@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from nemo_eaft.atomic import replacing
 from nemo_eaft.settings import Settings
 
 if TYPE_CHECKING:
@@ -276,15 +277,16 @@ def tell_torchrun(error: BaseException) -> None:
 
     ``torch.distributed.elastic.multiprocessing.errors.record`` writes the same, but it never sees an error that became
     an exit code, and it rounds its time down to a second: a rank that failed because another was killed then seems to
-    have failed before it, which torchrun dates when it looks, a tenth of a second later.
+    have failed before it, which torchrun dates when it looks, a tenth of a second later. Nor does it write whole or not
+    at all: half a file, of a rank that torchrun ends while it writes, ends torchrun itself, and then nobody is named.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
     more = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()) + 1)}
     content = {"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": more}}
-    with suppress(OSError):
-        Path(path).write_text(json.dumps(content), encoding="utf-8")
+    with suppress(OSError), replacing(Path(path)) as temporary:
+        temporary.write_text(json.dumps(content), encoding="utf-8")
 
 
 def leave_error(run_dir: Path, rank: int, *, kind: str, message: str, text: str) -> None:

@@ -215,6 +215,29 @@ def test_torchrun_shows_the_traceback_and_the_killed_rank_as_the_cause(
     assert ChildFailedError("train", {0: peer, 1: killed}).get_first_failure()[0] == 1
 
 
+# SIGTERM comes when the file for torchrun is open and has nothing in it yet.
+ENDED_WHILE_IT_WRITES = """
+    import os, pathlib, signal, time
+    from nemo_eaft.launch import tell_torchrun
+    write = pathlib.Path.write_text
+    def slow(path, text, **keywords):
+        with open(path, "w"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+    pathlib.Path.write_text = slow
+    tell_torchrun(RuntimeError("a peer is gone"))
+"""
+
+
+def test_a_rank_that_is_ended_while_it_writes_leaves_torchrun_no_half_file(tmp_path: Path) -> None:
+    """torchrun raises on a file that is no JSON, instead of naming the rank that was killed first."""
+    path = tmp_path / "error.json"
+    environment = os.environ | {"TORCHELASTIC_ERROR_FILE": str(path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(ENDED_WHILE_IT_WRITES)]
+    assert subprocess.run(command, env=environment, timeout=60, check=False).returncode == -signal.SIGTERM
+    assert not path.exists()
+
+
 def test_an_error_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     write_error(tmp_path / "file", 0, caught(lambda: 1 / 0))
