@@ -36,6 +36,11 @@ def confirming(rates: dict[str, float]) -> list[Wanted]:
 def chosen_rates(lines: Sequence[Line]) -> dict[str, float]:
     """Method -> its learning rate, of the methods whose tuning is complete: the one with the lowest target
     cross-entropy that any checkpoint has, in the mean over the two settings. How much is forgotten plays no part."""
+    return {method: min(means, key=lambda rate: means[rate]) for method, means in tuned_targets(lines).items()}
+
+
+def tuned_targets(lines: Sequence[Line]) -> dict[str, dict[float, float]]:
+    """Method -> learning rate -> what the choice goes by, of the methods whose tuning is complete."""
     best = {line.wanted: best_target(line) for line in lines if line.method != BASE}
     found = {}
     for method in design.METHODS:
@@ -45,7 +50,7 @@ def chosen_rates(lines: Sequence[Line]) -> dict[str, float]:
             if all(run in best for run in runs):
                 means[rate] = statistics.mean(best[run] for run in runs)
         if len(means) == len(design.RATES):
-            found[method] = min(means, key=lambda rate: means[rate])
+            found[method] = means
     return found
 
 

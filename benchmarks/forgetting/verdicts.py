@@ -114,7 +114,7 @@ def learning_rates(lines: Sequence[Line]) -> list[str]:
     chosen = plan.chosen_rates(lines)
     if not chosen:
         return ["No learning rate is chosen yet."]
-    best = {line.wanted: plan.best_target(line) for line in lines if line.method != BASE}
+    targets = plan.tuned_targets(lines)
     text = [
         f"Lowest target cross-entropy of a run with seed 0, mean over {' and '.join(design.TUNED_ON)}, nats per token:",
         "",
@@ -123,10 +123,7 @@ def learning_rates(lines: Sequence[Line]) -> list[str]:
     ]
     edge = {min(design.RATES): "the lowest", max(design.RATES): "the highest"}
     for method, rate in chosen.items():
-        means = [
-            sum(best[results.Wanted(setting, method, each, 0)] for setting in design.TUNED_ON) / len(design.TUNED_ON)
-            for each in design.RATES
-        ]
+        means = [targets[method][each] for each in design.RATES]
         said = f"{rate:g}" + (f", {edge[rate]} that was tried" if rate in edge else "")
         text.append(f"| {method} | " + " | ".join(f"{mean:.4f}" for mean in means) + f" | {said} |")
     at_edge = [method for method, rate in chosen.items() if rate in edge]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -97,16 +96,15 @@ def draw(picture: Picture) -> Figure:
 
 def _shorten(text: Text, figure: Figure) -> None:
     """Take characters out of the middle of each line until all end on the page."""
-    canvas = FigureCanvasAgg(figure)
     # Where the text begins is known once all is laid out.
-    canvas.draw()
+    figure.draw_without_rendering()
     lines = text.get_text().split("\n")
     for number, line in enumerate(lines):
         shorter = line
         for kept in range(len(line), 0, -1):
             shorter = line if kept == len(line) else f"{line[: (kept + 1) // 2]}\u2026{line[len(line) - kept // 2 :]}"
             text.set_text(shorter)
-            if text.get_window_extent(canvas.get_renderer()).x1 <= figure.bbox.x1 - 5:
+            if text.get_window_extent().x1 <= figure.bbox.x1 - 5:
                 break
         lines[number] = shorter
     text.set_text("\n".join(lines))
