@@ -132,9 +132,10 @@ def learning_rates(lines: Sequence[Line]) -> list[str]:
             "",
             f"At the edge of the grid: {', '.join(at_edge)}. A rate beyond it might have reached a lower target.",
         ]
+    who = "every method" if len(chosen) == len(design.METHODS) else "these methods"
     text += [
         "",
-        "The chosen rates are the same for every method, so they play no part in the differences."
+        f"The chosen rates are the same for {who}, so they play no part in the differences between them."
         if len(set(chosen.values())) == 1
         else "Where two methods have chosen different rates, method and learning rate are compared together. The tuned "
         "settings are therefore compared twice more below: over all rates, and at one.",
