@@ -18,6 +18,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from typing import Any
 
 from nemo_eaft.atomic import complete_folder
 from nemo_eaft.integrity import write_sums
+from nemo_eaft.orphans import end_with_parent
 
 # Hugging Face `model_type` -> NeMo model: of NeMo 2.7.3, or ours where it has none.
 FAMILIES = {
@@ -275,7 +277,7 @@ def environment_outside_a_job() -> dict[str, str]:
 
 
 def run_in_own_process(arguments: list[str], backend: str | None = None) -> None:
-    """Run `python -m nemo_eaft.convert` with `arguments` and wait.
+    """Run `python -m nemo_eaft.convert` with `arguments` and wait. It ends when this process does, without a trace.
 
     backend: None: cuda where there is a GPU, else cpu. A login node of a cluster has none, and what it converts is
         trained where there are some.
@@ -297,7 +299,8 @@ def run_in_own_process(arguments: list[str], backend: str | None = None) -> None
                 f"a conversion needs a GPU in this environment, or one without Transformer Engine and with NeMo "
                 f"{nemo_eaft.cpu.NEMO_VERSION}: {reason}"
             )
-    command = [sys.executable, "-m", "nemo_eaft.convert", "--backend", backend, *arguments]
+    command = [sys.executable, "-m", "nemo_eaft.convert", "--backend", backend]
+    command += ["--parent", str(os.getpid()), *arguments]
     done = subprocess.run(command, env=environment_outside_a_job(), stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 2:
         raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("nemo_eaft.convert: "))
@@ -309,6 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the conversion process: `to-nemo SOURCE OUTPUT` or `to-hf CHECKPOINT OUTPUT HF_FILES`."""
     parser = argparse.ArgumentParser(prog="nemo_eaft.convert")
     parser.add_argument("--backend", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--parent", type=int, help="end with this process, which started the conversion")
     commands = parser.add_subparsers(dest="command", required=True)
     to_nemo = commands.add_parser("to-nemo")
     to_nemo.add_argument("source")
@@ -320,6 +324,10 @@ def main(argv: list[str] | None = None) -> int:
     to_hf.add_argument("output", type=Path)
     to_hf.add_argument("hf_files", type=Path)
     arguments = parser.parse_args(argv)
+    if arguments.parent is not None:
+        # By an exception, so that the half-written folder is removed.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        end_with_parent(arguments.parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
     if arguments.backend == "cpu":
         import nemo_eaft.cpu
 

@@ -337,6 +337,7 @@ def test_import_uses_the_backend_of_this_machine(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         convert.run_in_own_process(["to-nemo"])
     assert [command[3:5] for command in commands] == [["--backend", "cpu"], ["--backend", "cuda"]]
+    assert all(command[5:7] == ["--parent", str(os.getpid())] for command in commands)
 
 
 @pytest.mark.parametrize(

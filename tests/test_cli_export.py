@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +19,7 @@ from nemo_eaft.compose import compose
 from nemo_eaft.convert import MANIFEST
 from nemo_eaft.hf_model import imported_folder
 from tests.commands import home, make_checkpoint, run, started  # noqa: F401, fixtures
+from tests.harness import alive
 
 
 @pytest.fixture
@@ -98,3 +106,52 @@ def test_export_of_nothing(
     assert named in err
     assert converted == []
     assert not (home / "out").exists()
+
+
+# Starts the conversion as run_in_own_process does, with one that takes long in place of NeMo's.
+STARTER = """
+    import subprocess, sys
+
+    child = subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]])
+    print(child.pid, flush=True)
+    child.wait()
+"""
+CONVERSION = """
+    import os, sys, time
+    from pathlib import Path
+    from nemo_eaft import convert
+    from nemo_eaft.atomic import complete_folder
+
+    def slow(checkpoint, output, hf_files):
+        with complete_folder(output) as folder:
+            (folder / "half").touch()
+            time.sleep(600)
+
+    convert.convert_to_hf = slow
+    convert.main(["--parent", str(os.getppid()), "to-hf", "checkpoint", sys.argv[1], "hf"])
+"""
+
+
+def test_a_conversion_ends_with_who_started_it_and_leaves_nothing(tmp_path: Path) -> None:
+    """Whoever is killed cannot end its child, which would hold memory and the disk for minutes."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    words = [sys.executable, "-c", *map(textwrap.dedent, (STARTER, CONVERSION)), str(tmp_path / "out")]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        child = int(starter.stdout.readline())
+        try:
+            wait_for(lambda: any(tmp_path.glob(".out.*/half")))
+            starter.kill()
+            wait_for(lambda: not any(tmp_path.iterdir()))
+            wait_for(lambda: not alive(child))
+        finally:
+            starter.kill()
+            if alive(child):
+                os.kill(child, signal.SIGKILL)
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)

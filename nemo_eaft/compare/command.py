@@ -72,16 +72,23 @@ def run(arguments: argparse.Namespace) -> int:
     store = Store(arguments.output / "measured", depends_on)
 
     def measured(folder: Path, content: str) -> record.Measures:
-        print(f"measure: {folder}", flush=True)
         return store.put(content, measure(load(folder), task, reference or _no_reference))
 
-    start = store.get(weights) or measured(base, weights)
+    start = store.get(weights)
+    if start is None:
+        print(f"measure the base model: {base}", flush=True)
+        start = measured(base, weights)
+    _warn_of_probe(start, arguments.probe)
+    kept = [kept_checkpoints(source) for source in sources]
+    total, number = sum(map(len, kept)), 0
     paths = []
-    for source, method in zip(sources, methods, strict=True):
+    for source, method, checkpoints in zip(sources, methods, kept, strict=True):
         steps, points = [0], [start]
-        for checkpoint in kept_checkpoints(source):
+        for checkpoint in checkpoints:
+            number += 1
             content = content_digest(checkpoint)
             found = store.get(content)
+            print(f"measure {number} of {total}: {checkpoint}{'' if found is None else ', done before'}", flush=True)
             if found is None and source.settings is None:
                 found = measured(checkpoint, content)
             elif found is None:
@@ -156,6 +163,19 @@ def _depends_on(
         "probe_score": arguments.probe_score,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
+
+
+def _warn_of_probe(base: record.Measures, file: Path | None) -> None:
+    """What the base model does not know it cannot forget."""
+    if "probe" not in base:
+        return
+    right, asked = sum(base["probe"].values), len(base["probe"].counts)
+    if right == 0:
+        warnings.warn(
+            f"--probe {file}: the base model has none of {asked} questions right, so no run can be seen to forget one; "
+            f"give questions that it answers",
+            stacklevel=1,
+        )
 
 
 def _no_reference(number: int) -> Any:

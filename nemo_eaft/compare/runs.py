@@ -147,12 +147,12 @@ def _check_exported(source: Source, base: Path) -> None:
     """Weights do not say what they were trained from, but architecture and tokenizer must be the base model's."""
     from transformers import AutoConfig, AutoTokenizer
 
-    passing = {"torch_dtype", "dtype", "_name_or_path", "transformers_version", "use_cache"}
+    # What changes no prediction, and what tools that fine-tune leave behind. Padding is never attended to.
+    passing = {"torch_dtype", "dtype", "transformers_version", "use_cache", "pad_token_id"}
     kinds = []
     for folder in (base, source.folder):
-        config = {
-            key: value for key, value in AutoConfig.from_pretrained(folder).to_dict().items() if key not in passing
-        }
+        found = AutoConfig.from_pretrained(folder).to_dict()
+        config = {key: value for key, value in found.items() if key not in passing and not key.startswith("_")}
         tokenizer = AutoTokenizer.from_pretrained(folder)
         kinds.append(config | {"tokenizer": tokenizer.get_vocab(), "chat_template": tokenizer.chat_template})
     different = sorted(key for key in {*kinds[0], *kinds[1]} if kinds[0].get(key) != kinds[1].get(key))

@@ -81,6 +81,17 @@ class Bench:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=distance)
         return model
 
+    def likeliest(self, question: str, answers: list[str]) -> int:
+        """Which answer, of one token, the base model gives the question."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / "base")
+        ids = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+        assert all(len(each) == 1 for each in ids)
+        with torch.no_grad():
+            logits = self.base(torch.tensor([tokenizer(question)["input_ids"]])).logits[0, -1]
+        return max(range(len(ids)), key=lambda number: logits[ids[number][0]].item())
+
     def exported(self, name: str, distance: float) -> str:
         folder = self.folder / name
         self.model(distance).save_pretrained(folder)

@@ -42,6 +42,9 @@ def test_configurations_runs_and_folders_become_one_report(
         ("sft", 3, 5e-6),
         ("eaft alpha=0.5", 3, 5e-6),
     ]
+    places = [f"{bench.folder}/runs/{name}/checkpoints/step={step}" for name in ("sft", "eaft") for step in (1, 3)]
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measure ")]
+    assert shown[1:] == [f"measure {number} of 4: {place}" for number, place in enumerate(places, start=1)]
     for run in found["runs"]:
         assert [point["step"] for point in run["points"]] == [0, 2, 4]
         assert set(run["points"][0]) >= {"target", "exact", "drift", "text", "probe", "answer"}
@@ -61,13 +64,19 @@ def test_configurations_runs_and_folders_become_one_report(
     # Finished runs by their folders, one with another name, and an exported folder beside them.
     before = bench.asked.copy()
     folder = bench.exported("merged", 0.03)
+    # What tools that fine-tune leave in a configuration makes it no other model.
+    config = json.loads((Path(folder) / "config.json").read_text())
+    left = {"pad_token_id": 1, "_model_name_or_path": "x", "use_cache": False}
+    (Path(folder) / "config.json").write_text(json.dumps(config | left))
     assert compare(bench, f"{bench.folder}/runs/sft", f"{bench.folder}/runs/eaft", folder) == 0
     assert bench.asked == before, "nothing is trained or exported again"
     assert [path.name for path in counted[6:]] == ["merged"], "nothing is measured again"
     again = report(bench)
     assert again["runs"][0]["points"] == found["runs"][0]["points"]
     assert again["runs"][2]["method"] == "merged"
-    assert again["findings"][0] in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert again["findings"][0] in out
+    assert f"measure 4 of 5: {places[3]}, done before\nmeasure 5 of 5: {folder}\n" in out
     assert f"* {again['findings'][0]}" in (bench.output / "compare.md").read_text()
 
 
@@ -163,6 +172,24 @@ def test_a_run_that_is_not_finished(bench: Bench, capsys: pytest.CaptureFixture[
     bench.command("train", sft, "trainer.max_steps=9")
     assert compare(bench, f"{bench.folder}/runs/sft") == 2
     assert "has done 4 of 9 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_probe_that_the_base_model_fails_says_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], known: bool
+) -> None:
+    monkeypatch.setattr(command, "write_figures", lambda *_: [])
+    file = bench.folder / "probe.jsonl"
+    questions = [json.loads(line) for line in file.read_text().splitlines()]
+    for question in questions:
+        question["right"] = bench.likeliest(question["question"], question["answers"])
+    if not known:
+        for question in questions:
+            question["right"] = 1 - question["right"]
+    file.write_text("\n".join(map(json.dumps, questions)))
+    assert compare(bench, bench.exported("merged", 0.03), bench.conf("sft")) == 0
+    said = capsys.readouterr().err.count("the base model has none of 6 questions right")
+    assert said == (0 if known else 1)
 
 
 def test_what_differs_beside_the_loss_is_another_method(bench: Bench) -> None:

@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import alive
 from tests.nemo import processes
 from tests.nemo.ranks import run_ranks
-
-
-def alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
 
 
 def ends(pids: list[int]) -> bool:
