@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from nemo_eaft import cli, compose
 from nemo_eaft.analyze import collect, state
 from nemo_eaft.analyze.report import write_report
 from nemo_eaft.analyze.state import State
+from nemo_eaft.analyze.summary import summarise
 from nemo_eaft.analyze.tally import SUMS
 from nemo_eaft.checkpoints import checkpoints_in
 from nemo_eaft.data import prepare
@@ -194,6 +197,20 @@ def test_chat_rows_of_the_same_tokens_are_the_same(bench: Bench, one: State) -> 
     assert run_ranks(analyzing.analyze, 1, settings, bench.ready()) == [True]
     found = state.load(settings, bench.ready()).tally
     assert json.dumps(found.to_json()) == json.dumps(one.tally.to_json())
+
+    # The script of docs/analyze.md, as the page starts it.
+    page = (Path(__file__).parents[2] / "docs" / "analyze.md").read_text(encoding="utf-8")
+    (folder / "by_hand.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    words = [sys.executable, "by_hand.py", str(hf), str(Path(settings.run.dir) / "data" / "training.jsonl")]
+    printed = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120, check=True).stdout
+    vocab_size = json.loads((hf / "config.json").read_text())["vocab_size"]
+    written = summarise(found, settings, "llama", vocab_size)
+    by_hand = json.loads(printed)
+    assert by_hand["tokens"] == written["tokens"] > 100
+    assert by_hand["conflicts"]["tokens"] == written["conflicts"]["tokens"] > 5
+    assert {name: written["mean"][name] for name in by_hand["mean"]} == pytest.approx(by_hand["mean"], rel=1e-5)
+    share = "share_of_sft_gradient"
+    assert written["conflicts"][share] == pytest.approx(by_hand["conflicts"][share], rel=1e-5)
 
 
 def test_asked_to_stop_and_started_again_with_other_micro_batches(bench: Bench, one: State) -> None:
