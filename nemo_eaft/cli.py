@@ -162,7 +162,8 @@ def _import(arguments: argparse.Namespace) -> int:
     from nemo_eaft.compose import compose
 
     settings = compose(arguments.conf, arguments.overrides, unused=() if arguments.data else ("data.train",))
-    from nemo_eaft.ready import check_run_dir, import_model, open_model, prepare_rows
+    from nemo_eaft.ready import import_model, open_model, prepare_rows
+    from nemo_eaft.run_dir import check_run_dir
 
     if arguments.data:
         check_run_dir(settings)
@@ -182,7 +183,8 @@ def _train(arguments: argparse.Namespace) -> int:
         settings = compose(arguments.conf, arguments.overrides)
     from nemo_eaft import stop
     from nemo_eaft.launch import check_world, forget_errors, launched, run_local, tell_torchrun, write_error
-    from nemo_eaft.ready import check_run_dir, make_ready, wait_ready
+    from nemo_eaft.ready import make_ready, wait_ready
+    from nemo_eaft.run_dir import check_run_dir
 
     allow: bool = arguments.allow_config_change
     place = launched()
@@ -261,7 +263,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from nemo_eaft.checkpoints import checkpoints_in, is_checkpoint, is_unfinished
     from nemo_eaft.convert import run_in_own_process
     from nemo_eaft.integrity import SUMS, faults
-    from nemo_eaft.ready import CONFIG
+    from nemo_eaft.run_dir import CONFIG
 
     checkpoint: Path = arguments.checkpoint
     if not checkpoint.is_dir():

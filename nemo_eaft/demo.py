@@ -20,7 +20,8 @@ from nemo_eaft.compose import compose, load
 from nemo_eaft.demo_data import build
 from nemo_eaft.hf_model import home
 from nemo_eaft.launch import ERROR
-from nemo_eaft.ready import CONFIG, READY
+from nemo_eaft.ready import READY
+from nemo_eaft.run_dir import CONFIG
 from nemo_eaft.settings import Settings
 from nemo_eaft.stall import FOLDER
 from nemo_eaft.stop import REQUEST, STOPPED

@@ -16,61 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eaft import compose
-from nemo_eaft.atomic import numbered, replacing
-from nemo_eaft.checkpoints import Choice, checkpoints_in, choose, dangling, is_checkpoint, set_aside
+from nemo_eaft.atomic import replacing
+from nemo_eaft.checkpoints import Choice, choose, is_checkpoint, set_aside
 from nemo_eaft.convert import hf_folder, run_in_own_process
 from nemo_eaft.data import prepare
-from nemo_eaft.data.prepare import PreparedData, is_prepared, order_of, source_changes
+from nemo_eaft.data.prepare import PreparedData, is_prepared, order_of
 from nemo_eaft.hf_model import check_model, home, imported_folder
 from nemo_eaft.integrity import SUMS, faults
 from nemo_eaft.launch import LAUNCHER, PROCESS, error_of_this_job, job_identity
 from nemo_eaft.machine import check_machine
 from nemo_eaft.recorder import drop_after
+from nemo_eaft.run_dir import CONFIG, check_data, check_run_dir, save_config
 from nemo_eaft.saved import METRICS, proofs, warn_if_lost
-from nemo_eaft.settings import Settings, known_keys
+from nemo_eaft.settings import Settings
 from nemo_eaft.settings_checks import warn
-
-CONFIG = "config.yaml"
-"""File in ``run.dir`` with every setting of the run."""
 
 READY = "ready.json"
 """File in ``run.dir`` that :func:`make_ready` leaves: a :class:`Ready`, and the job it was made in."""
 
 PATIENCE = "NEMO_EAFT_WAIT_SECONDS"
 """Environment variable: how long a rank waits for rank 0 to read the rows and convert the model. Default: one hour."""
-
-MAY_DIFFER = (
-    "run.resume",
-    "run.name",
-    "run.wandb_project",
-    "run.max_restarts",
-    "run.stall_seconds",
-    "run.save_seconds",
-    "trainer.log_every",
-    "trainer.histogram_every",
-    "trainer.keep_checkpoints",
-    "data.num_workers",
-)
-"""Settings that may change when a run goes on: none of them touches a number."""
-
-LAYOUT = (
-    "loss.fused_linear",
-    "parallel.tensor",
-    "parallel.pipeline",
-    "parallel.last_stage_layers",
-    "parallel.virtual_pipeline",
-    "parallel.context",
-    "parallel.expert",
-    "parallel.sequence",
-    "trainer.num_nodes",
-    "trainer.gpus_per_node",
-    "trainer.micro_batch_size",
-    "trainer.recompute",
-)
-"""Settings that may change as well: the same rows give the same steps but for rounding, however the work is cut."""
-
-FIXED = ("trainer.precision", "trainer.distributed_optimizer")
-"""Settings that a run keeps, whatever is allowed: they decide what the optimizer's state is made of."""
 
 _PATIENCE = 3600.0  # seconds
 _SAY_EVERY = 60.0  # seconds
@@ -147,7 +112,7 @@ def make_ready(settings: Settings, allow_change: bool = False) -> Ready:
     if not choice.damaged:
         warn_if_lost(run_dir, choice.checkpoint, choice.steps)
     if choice.checkpoint is not None:
-        changed += check_data(settings, model, allow_change)
+        changed += check_data(settings, model.tokenizer, allow_change)
     if changed:
         listed = "\n  ".join(changed)
         print(f"run.dir={run_dir}: --allow-config-change accepts\n  {listed}", flush=True)
@@ -341,82 +306,3 @@ def _check_imported(folder: Path, weights: bool) -> None:
     if found:
         listed = "\n  ".join(found)
         raise ValueError(f"the converted checkpoint {folder} is damaged; remove it to convert anew:\n  {listed}")
-
-
-def check_place(folder: Path) -> None:
-    """Refuse a ``run.dir`` that is a file, or a link to nothing."""
-    link = dangling(folder)
-    if link is not None:
-        raise ValueError(f"run.dir={folder}: {link} is a link to {os.readlink(link)}, which is not there")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run.dir={folder} is a file")
-
-
-def check_run_dir(settings: Settings, allow_change: bool = False) -> list[str]:
-    """Refuse a ``run.dir`` that belongs to another run.
-
-    Args:
-        settings: the run.
-        allow_change: take a folder of another configuration, but for what a checkpoint cannot follow.
-
-    Returns:
-        The settings that differ, one line each; empty unless ``allow_change``.
-
-    Raises:
-        ValueError: with the settings that differ.
-    """
-    folder = Path(settings.run.dir)
-    check_place(folder)
-    checkpoints = checkpoints_in(folder)
-    different: list[str] = []
-    if (folder / CONFIG).is_file():
-        old = compose.load(folder / CONFIG)
-        different = compose.difference(old, settings, ignore=(*MAY_DIFFER, *LAYOUT))
-        fixed = compose.difference(old, settings, ignore=[key for key in known_keys() if key not in FIXED])
-        if checkpoints and fixed and allow_change:
-            listed = "\n  ".join(fixed)
-            raise ValueError(
-                f"run.dir={folder} holds checkpoints whose optimizer state is of another form; choose another run.dir, "
-                f"or go back to these settings (--allow-config-change cannot change them):\n  {listed}"
-            )
-        if different and not allow_change:
-            listed = "\n  ".join(different)
-            raise ValueError(
-                f"run.dir={folder} holds a run with another configuration; choose another run.dir, go back to its "
-                f"settings, or accept the change with --allow-config-change:\n  {listed}"
-            )
-    elif checkpoints:
-        raise ValueError(f"run.dir={folder} holds checkpoints but no {CONFIG}: it is not known what they belong to")
-    if checkpoints and not settings.run.resume:
-        raise ValueError(
-            f"run.resume=false, but run.dir={folder} holds checkpoints: choose another run.dir, or run.resume=true"
-        )
-    return different
-
-
-def check_data(settings: Settings, model: Model, allow_change: bool) -> list[str]:
-    """Refuse rows or a tokenizer that changed since the run's checkpoints were made, under the same names or others.
-
-    Returns:
-        What changed, one line each; empty unless ``allow_change``.
-
-    Raises:
-        ValueError: naming the files.
-    """
-    changed = source_changes(settings, model.tokenizer)
-    if changed and not allow_change:
-        listed = "\n  ".join(changed)
-        raise ValueError(
-            f"run.dir={settings.run.dir} holds checkpoints of a run on other data; choose another run.dir, put the "
-            f"files back, or accept the change with --allow-config-change:\n  {listed}"
-        )
-    return changed
-
-
-def save_config(settings: Settings) -> None:
-    """Write ``config.yaml``; another one that was there is kept as ``config.<number>.yaml``, the oldest being 1."""
-    path = Path(settings.run.dir) / CONFIG
-    if path.is_file() and compose.load(path) != settings:
-        with replacing(numbered(path)) as temporary:
-            temporary.write_bytes(path.read_bytes())
-    compose.save(settings, path)

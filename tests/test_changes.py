@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_eaft import cli, ready, train
+from nemo_eaft import cli, ready, run_dir, train
 from nemo_eaft.compose import compose, load
 from nemo_eaft.hf_model import imported_folder
 from nemo_eaft.integrity import SUMS, write_sums
@@ -88,7 +88,7 @@ def test_a_layout_is_no_other_setting(
         assert "accepts" not in out
     assert len(started) == len(layouts)
     assert load(home / "run" / "config.3.yaml") == compose(conf, layouts[1])
-    assert {*ready.LAYOUT, *ready.FIXED} <= set(known_keys())
+    assert {*run_dir.LAYOUT, *run_dir.FIXED} <= set(known_keys())
 
 
 @pytest.mark.parametrize("override", ["trainer.precision=fp32", "trainer.distributed_optimizer=false"])

@@ -11,9 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_eaft import compose as module
-from nemo_eaft.compose import CONF_DIR, compose, difference, from_mapping, load, save, shipped, to_mapping
+from nemo_eaft import settings_mapping
+from nemo_eaft.compose import CONF_DIR, compose, load, save, shipped
 from nemo_eaft.settings import TrainerSettings, known_keys
+from nemo_eaft.settings_mapping import difference, from_mapping, to_mapping
 
 # What a shipped file leaves for the user to say; the others say everything.
 NEEDED = {"qwen2.5-0.5b": ["data.train=t.jsonl"], "qwen3-0.6b": ["data.train=t.jsonl"]}
@@ -285,4 +286,4 @@ def test_no_value_gets_through_with_a_wrong_type(values: dict[str, Any]) -> None
     for group, content in to_mapping(settings).items():
         for name, value in content.items():
             hint = get_type_hints(type(getattr(settings, group)))[name]
-            assert module._typed(f"{group}.{name}", value, hint) == value or value != value
+            assert settings_mapping._typed(f"{group}.{name}", value, hint) == value or value != value

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import Glm4Config, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
-from nemo_eaft.compose import from_mapping
 from nemo_eaft.hf_model import check_model, home, imported_folder
 from nemo_eaft.settings import ModelSettings, Settings
+from nemo_eaft.settings_mapping import from_mapping
 
 
 class Sized:

@@ -21,7 +21,6 @@ import pytest
 
 from nemo_eaft import launch
 from nemo_eaft.analyze import job as analyze
-from nemo_eaft.compose import from_mapping
 from nemo_eaft.launch import (
     ERROR,
     PROCESS,
@@ -34,6 +33,7 @@ from nemo_eaft.launch import (
     write_error,
 )
 from nemo_eaft.settings import Settings
+from nemo_eaft.settings_mapping import from_mapping
 
 ROOT = Path(__file__).parent.parent
 
@@ -248,7 +248,7 @@ RANK = """
     import os, sys, time
     from pathlib import Path
     from nemo_eaft.launch import LAUNCHER, launched, check_world, write_error
-    from nemo_eaft.compose import from_mapping
+    from nemo_eaft.settings_mapping import from_mapping
     from nemo_eaft.orphans import end_with_agent
 
     end_with_agent()

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import pytest
 from packaging.requirements import Requirement
 
-from nemo_eaft.compose import compose, difference, shipped
+from nemo_eaft.compose import compose, shipped
 from nemo_eaft.hf_model import check_model
+from nemo_eaft.settings_mapping import difference
 from tests.test_hf_model import Sized
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from nemo_eaft import settings as module
 from nemo_eaft import settings_data
-from nemo_eaft.compose import from_mapping
 from nemo_eaft.config import EAFTConfig
 from nemo_eaft.settings import LossSettings, Settings, known_keys
+from nemo_eaft.settings_mapping import from_mapping
 
 Groups = dict[str, dict[str, Any]]
 

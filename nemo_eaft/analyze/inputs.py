@@ -13,10 +13,11 @@ from typing import Any
 from nemo_eaft import compose
 from nemo_eaft.atomic import replacing
 from nemo_eaft.checkpoints import checkpoints_in, is_checkpoint, is_unfinished
-from nemo_eaft.ready import CONFIG, LAYOUT, MAY_DIFFER, check_place
+from nemo_eaft.run_dir import CONFIG, LAYOUT, MAY_DIFFER, check_place
 from nemo_eaft.saved import METRICS
 from nemo_eaft.settings import ParallelSettings, Settings, TrainerSettings
 from nemo_eaft.settings_checks import warn
+from nemo_eaft.settings_mapping import difference
 
 START = Path(__file__).with_name("start.yaml")
 """What an analysis starts from."""
@@ -121,7 +122,7 @@ def check_folder(settings: Settings, model: str, weights: Path | None) -> None:
         f"{key}: {json.dumps(before[key], ensure_ascii=False)} -> {json.dumps(now[key], ensure_ascii=False)}"
         for key in (*keys, *PATHS)
         if not _same(before[key], now[key])
-    ] + compose.difference(old, settings, ignore={*MAY_CHANGE, *PATHS, "run.dir"})
+    ] + difference(old, settings, ignore={*MAY_CHANGE, *PATHS, "run.dir"})
     if different:
         listed = "\n  ".join(different)
         raise ValueError(

@@ -33,9 +33,9 @@ from nemo_eaft.ready import (
     missing_of,
     open_model,
     prepare_rows,
-    save_config,
     wait_ready,
 )
+from nemo_eaft.run_dir import save_config
 from nemo_eaft.settings import Settings
 
 PROGRAM = Program("nemo_eaft.analyze", "MODEL DATA", "row", "when the rows that are being read are counted")

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_eaft import compose
 from nemo_eaft.analyze.inputs import MAY_CHANGE, PATHS
 from nemo_eaft.analyze.tally import Tally
 from nemo_eaft.atomic import replacing
 from nemo_eaft.integrity import SUMS
 from nemo_eaft.ready import Ready
 from nemo_eaft.settings import Settings
+from nemo_eaft.settings_mapping import to_mapping
 
 FILE = "analyze.state.json"
 """File in ``run.dir``."""
@@ -35,7 +35,7 @@ class State:
 def identity(settings: Settings, ready: Ready) -> dict[str, Any]:
     """What must be the same for an analysis to go on: settings that are read but for the layout, rows, and
     weights. Rows and tokenizer are known by their content and weights by where they are, however that is written."""
-    kept = compose.to_mapping(settings)
+    kept = to_mapping(settings)
     for key in (*MAY_CHANGE, *PATHS, "run.dir"):
         group, _, name = key.partition(".")
         kept[group].pop(name, None)

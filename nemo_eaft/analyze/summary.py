@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from nemo_eaft import compose
 from nemo_eaft.analyze.advice import conflict_share, kept, sft_share, suggest
 from nemo_eaft.analyze.tally import ALPHAS, SUMS, Tally
 from nemo_eaft.landscape.counts import Bins, Floats, Integers, percentile
 from nemo_eaft.settings import Settings
+from nemo_eaft.settings_mapping import to_mapping
 
 FILE = "analysis.json"
 """File in ``run.dir``."""
@@ -69,7 +69,7 @@ def summarise(tally: Tally, settings: Settings, model: str, vocab_size: int) -> 
             "counts": tally.grid.tolist(),
         },
         "advice": suggest(tally, named),
-        "settings": compose.to_mapping(settings),
+        "settings": to_mapping(settings),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_eaft.checkpoints import checkpoints_in, choose
-from nemo_eaft.compose import compose, load, to_mapping
+from nemo_eaft.compose import compose, load
 from nemo_eaft.convert import hf_folder
-from nemo_eaft.ready import CONFIG, LAYOUT, MAY_DIFFER
+from nemo_eaft.run_dir import CONFIG, LAYOUT, MAY_DIFFER
 from nemo_eaft.settings import Settings, known_keys
 from nemo_eaft.settings_data import DataSettings
+from nemo_eaft.settings_mapping import to_mapping
 
 _TRAINED_ON = ("train", "train_split", "train_rows")
 _SAME_ROWS = (

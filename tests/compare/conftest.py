@@ -16,7 +16,7 @@ from nemo_eaft.compare import command
 from nemo_eaft.compare.measure import load_model
 from nemo_eaft.data import prepare
 from nemo_eaft.integrity import write_sums
-from nemo_eaft.ready import CONFIG
+from nemo_eaft.run_dir import CONFIG
 from tests.compare.models import pair
 from tests.nemo.models import save_tokenizer, write_rows
 

@@ -13,8 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from nemo_eaft.compose import from_mapping
 from nemo_eaft.settings import Settings
+from nemo_eaft.settings_mapping import from_mapping
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
 

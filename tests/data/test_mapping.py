@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from nemo_eaft.compose import compose, from_mapping
+from nemo_eaft.compose import compose
 from nemo_eaft.data import RowError, prepare
 from nemo_eaft.data.mapping import kind_of, needed_columns, to_chat
 from nemo_eaft.settings_data import DataSettings
+from nemo_eaft.settings_mapping import from_mapping
 from tests.data import support
 from tests.data.support import AREA, domain_rows, make_settings, make_tokenizer, write_jsonl
 

@@ -25,7 +25,8 @@ from nemo_eaft.analyze.summary import summarise
 from nemo_eaft.analyze.tally import SUMS
 from nemo_eaft.checkpoints import checkpoints_in
 from nemo_eaft.data import prepare
-from nemo_eaft.ready import CONFIG, Ready
+from nemo_eaft.ready import Ready
+from nemo_eaft.run_dir import CONFIG
 from nemo_eaft.settings import Settings
 from nemo_eaft.stop import EXIT_STOPPED, REQUEST, read_stopped, request
 from tests.nemo import analyzing, jobs, launched, models, reference
