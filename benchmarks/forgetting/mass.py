@@ -10,8 +10,7 @@ from benchmarks.forgetting import design
 from benchmarks.forgetting.results import BASE, Line
 from benchmarks.forgetting.training import KINDS, Mass
 from benchmarks.forgetting.verdicts import at_chosen
-from nemo_eaft.atomic import replacing
-from nemo_eaft.compare.plot import STYLES
+from nemo_eaft.compare.plot import MARK, STYLES, blank, legend, save
 
 PUSH = (
     "push of a token: the norm of its gradient at the logits, weight x ||softmax - onehot||; of several tokens their "
@@ -105,13 +104,14 @@ def _by_steps(runs: Mapping[str, Sequence[Line]], kind: str) -> list[str]:
 def draw(lines: Sequence[Line], rates: Mapping[str, float], setting: str, png: Path) -> bool:
     """The mean push of a planted token over the steps, each method's own runs; 8 x 5 inch at 120 dots per inch. False,
     and nothing is written, where nothing is planted or measured."""
-    from matplotlib.figure import Figure
-
     runs = _runs(lines, rates)
     if not runs.get(design.REFERENCE) or _kind(runs) != "planted":
         return False
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained", facecolor="white")
-    axes = figure.subplots()
+    figure, axes = blank(
+        f"{setting}: how hard a planted conflict pushes, in each method's own runs",
+        "step (middle of the steps between two checkpoints)",
+        "mean push of a planted token: weight x gradient norm at the logits",
+    )
     for number, method in enumerate(design.METHODS):
         if not runs.get(method):
             continue
@@ -122,28 +122,11 @@ def draw(lines: Sequence[Line], rates: Mapping[str, float], setting: str, png: P
             if total["tokens"]["planted"]:
                 where.append((first + last) / 2)
                 pushes.append(total["own"]["planted"] / total["tokens"]["planted"])
-        axes.plot(
-            where,
-            pushes,
-            color=colour,
-            marker=mark,
-            markersize=6,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-            linewidth=2,
-            linestyle=dash,
-            label=method,
-        )
+        axes.plot(where, pushes, color=colour, marker=mark, **MARK, linewidth=2, linestyle=dash, label=method)
     axes.set_ylim(bottom=0)
     axes.set_xticks(range(0, design.STEPS + 1, 4))
-    axes.set_xlabel("step (middle of the steps between two checkpoints)")
-    axes.set_ylabel("mean push of a planted token: weight x gradient norm at the logits", fontsize=9)
-    axes.set_title(f"{setting}: how hard a planted conflict pushes, in each method's own runs", loc="left", fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=9, frameon=False, handlelength=4)
-    with replacing(png) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+    legend(axes)
+    save(figure, png)
     return True
 
 

@@ -11,6 +11,7 @@ from benchmarks.forgetting.mass import draw, mass
 from benchmarks.forgetting.results import BASE, Line
 from benchmarks.forgetting.verdicts import FORGETTING, Compared
 from nemo_eaft.atomic import replacing
+from nemo_eaft.compare.matching import Matching
 from nemo_eaft.compare.plot import write_figures
 from nemo_eaft.compare.record import MEASURES
 from nemo_eaft.compare.report import findings, levels_table
@@ -74,6 +75,10 @@ def _page(folder: Path, by_setting: Lines, rates: Mapping[str, float], compared:
         "",
         f"{done} of {plan.total()} runs are made.",
         "",
+        "## All settings at once",
+        "",
+        *_overviews(compared),
+        "",
         "## Learning rates",
         "",
         *verdicts.learning_rates(lines),
@@ -88,7 +93,9 @@ def _setting(setting: str, lines: Sequence[Line], rates: Mapping[str, float], co
     matching = compared.chosen
     if matching is None:
         return ["Not measured yet."]
-    text = ["### What was found", "", *(f"* {each}" for each in findings(matching))]
+    text = ["### What was found", "", _mean(matching), "", *verdicts.table(matching), ""]
+    sentences = (f"* {each}" for each in findings(matching))
+    text += ["<details><summary>In words</summary>", "", *sentences, "", "</details>"]
     for measure in FORGETTING:
         text += ["", f"![{MEASURES[measure].title} of {setting}](figures/{setting}/{measure}.png)"]
     if compared.all_rates is not None:
@@ -97,7 +104,7 @@ def _setting(setting: str, lines: Sequence[Line], rates: Mapping[str, float], co
             "### Over all learning rates",
             "",
             f"Seed 0: at each level the learning rate that forgets least, of {', '.join(map(_number, design.RATES))}; "
-            f"mean difference from {design.REFERENCE} (less is better), over rows alone.",
+            f"mean difference from {design.REFERENCE} over rows alone.",
             "",
             *verdicts.table(compared.all_rates),
         ]
@@ -116,6 +123,33 @@ def _setting(setting: str, lines: Sequence[Line], rates: Mapping[str, float], co
         text += ["", f"![Push of a planted token in {setting}](figures/{setting}/{_PUSH})"]
     details = ["<details><summary>Every level</summary>", "", *levels_table(matching), "", "</details>"]
     return [*text, "", "### At equal target quality", "", *details]
+
+
+def _mean(matching: Matching) -> str:
+    counted = ", ".join(f"{method} {count}" for method, count in matching.seeds.items())
+    return (
+        f"Mean difference from {matching.reference} at equal target quality, with its interval of 95 %. Below 0: it "
+        f"forgets less; **less** and **more** where the interval says so. Seeds: {counted}."
+    )
+
+
+def _overviews(compared: Mapping[str, Compared]) -> list[str]:
+    """For each measure of forgetting a table; the one that the study was made for stands first."""
+    text = []
+    _, _, first = design.PRIMARY
+    for measure in sorted(FORGETTING, key=lambda name: name != first):
+        table = verdicts.overview(compared, measure)
+        if len(table) > 2:
+            shown = MEASURES[measure]
+            text += [f"{shown.title[0].upper()}{shown.title[1:]}, {shown.unit}:", "", *table, ""]
+    if not text:
+        return ["Not measured yet."]
+    return [
+        f"Mean difference from {design.REFERENCE} at equal target quality, with its interval of 95 %, each method at "
+        f"its chosen learning rate. Below 0: it forgets less; **less** and **more** where the interval says so.",
+        "",
+        *text[:-1],
+    ]
 
 
 def _number(rate: float) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from benchmarks.forgetting import design, plan, results
 from benchmarks.forgetting.results import BASE, Line
-from nemo_eaft.compare.matching import Interval, Match, Matching, match
+from nemo_eaft.compare.matching import Match, Matching, match
 from nemo_eaft.compare.record import MEASURES
-from nemo_eaft.compare.report import by_chance, finding, judged, of_one_seed
+from nemo_eaft.compare.report import as_text, by_chance, finding, judged, of_one_seed
 
 FORGETTING = tuple(name for name, each in MEASURES.items() if each.forgetting is not None)
 
@@ -69,7 +69,9 @@ def _match(lines: Sequence[Line]) -> Matching | None:
     order = (BASE, *design.METHODS)
     courses = results.courses(sorted(lines, key=lambda line: order.index(line.method)))
     methods = {course.method for course in courses}
-    return match(courses, design.REFERENCE) if design.REFERENCE in methods and len(methods) > 1 else None
+    if design.REFERENCE not in methods or len(methods) == 1:
+        return None
+    return match(courses, design.REFERENCE, design.DRAWS)
 
 
 def primary(compared: Mapping[str, Compared], rates: Mapping[str, float]) -> str:
@@ -160,9 +162,28 @@ def table(matching: Matching) -> list[str]:
 def _cell(each: Match) -> str:
     if each.mean_difference is None:
         return ""
-    interval: Interval = each.mean_difference
-    said = {-1: "**less** ", 0: "", 1: "**more** "}[interval.sign]
-    figure = f"{said}{interval.value:+.4f}"
-    if interval.low is not None and interval.high is not None:
-        figure += f" [{interval.low:+.4f}, {interval.high:+.4f}]"
-    return figure + (" (sign changes)" if each.turning else "")
+    said = {-1: "**less** ", 0: "", 1: "**more** "}[each.mean_difference.sign]
+    return f"{said}{as_text(each.mean_difference)}" + (" (sign changes)" if each.turning else "")
+
+
+def overview(compared: Mapping[str, Compared], measure: str) -> list[str]:
+    """One measure, every method at its chosen learning rate in every setting."""
+    settings = [name for name, each in compared.items() if each.chosen is not None]
+    heads = [f"{name}, {_seeds(len(design.SEEDS[name]))}" for name in settings]
+    text = [f"| method | {' | '.join(heads)} |", "| --- " * (len(settings) + 1) + "|"]
+    for method in design.METHODS:
+        found = [_found(compared[name].chosen, method, measure) for name in settings]
+        if any(found):
+            text.append(f"| {method} | {' | '.join(found)} |")
+    return text
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _found(matching: Matching | None, method: str, measure: str) -> str:
+    for each in matching.matches if matching is not None else []:
+        if (each.method, each.measure) == (method, measure):
+            return _cell(each) or "no common range"
+    return ""

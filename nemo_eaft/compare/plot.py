@@ -26,6 +26,8 @@ STYLES: tuple[tuple[str, str, Any], ...] = (
     ("#E69F00", "P", (0, (8, 2))),
     ("#56B4E9", "X", (0, (3, 3))),
 )
+MARK: dict[str, Any] = {"markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
+
 _AXIS = {
     "value": "{title} ({unit})",
     "rise": "rise of {title} ({unit})",
@@ -44,18 +46,45 @@ def write_figures(paths: Sequence[Path], matching: Matching, folder: File, title
     for measure in paths[0].points[0]:
         if MEASURES[measure].forgetting is not None:
             written.append(folder / f"{measure}.png")
-            with replacing(written[-1]) as temporary:
-                # Without the version of Matplotlib, which would make another file of the same picture.
-                draw(paths, matching, measure, title).savefig(temporary, format="png", metadata={"Software": None})
+            save(draw(paths, matching, measure, title), written[-1])
     return written
 
 
-def draw(paths: Sequence[Path], matching: Matching, measure: str, title: str) -> Figure:
-    """The picture of one measure of forgetting."""
+def save(figure: Figure, png: File) -> None:
+    """Write a picture; the same one gives the same file."""
+    with replacing(png) as temporary:
+        # Without the version of Matplotlib, which would make another file.
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def blank(title: str, across: str, up: str) -> tuple[Figure, Any]:
+    """A figure of 8 x 5 inch at 120 dots per inch and its axes; ``across``, ``up``: what they show, with units."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained", facecolor="white")
     axes = figure.subplots()
+    axes.set_xlabel(across)
+    axes.set_ylabel(up, fontsize=9)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def legend(axes: Any) -> None:
+    """After the lines, long enough that their dashes are told apart."""
+    axes.legend(fontsize=9, frameon=False, handlelength=4)
+
+
+def draw(paths: Sequence[Path], matching: Matching, measure: str, title: str) -> Figure:
+    """The picture of one measure of forgetting."""
+    shown = MEASURES[measure]
+    assert shown.forgetting is not None
+    figure, axes = blank(
+        f"{title}: forgetting at equal target quality, lower is better",
+        "target cross-entropy on held-out rows (nats per token); learned more \N{RIGHTWARDS ARROW}",
+        _AXIS[shown.forgetting].format(title=shown.title, unit=shown.unit),
+    )
     methods = [matching.reference, *(name for name in matching.seeds if name != matching.reference)]
     for number, method in enumerate(methods):
         colour, mark, dash = STYLES[number % len(STYLES)]
@@ -70,10 +99,8 @@ def draw(paths: Sequence[Path], matching: Matching, measure: str, title: str) ->
                 course.other,
                 linestyle="none",
                 marker=mark,
-                markersize=6,
                 color=colour,
-                markeredgecolor="white",
-                markeredgewidth=0.6,
+                **MARK,
                 alpha=1.0 if takes_part else 0.35,
                 zorder=3,
             )
@@ -87,12 +114,5 @@ def draw(paths: Sequence[Path], matching: Matching, measure: str, title: str) ->
             [], [], color=colour, marker=mark, linewidth=2.2, linestyle=dash, markeredgecolor="white", label=method
         )
     axes.invert_xaxis()
-    axes.set_xlabel("target cross-entropy on held-out rows (nats per token); learned more \N{RIGHTWARDS ARROW}")
-    shown = MEASURES[measure]
-    assert shown.forgetting is not None
-    axes.set_ylabel(_AXIS[shown.forgetting].format(title=shown.title, unit=shown.unit), fontsize=9)
-    axes.set_title(f"{title}: forgetting at equal target quality, lower is better", loc="left", fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=9, frameon=False, handlelength=4)
+    legend(axes)
     return figure

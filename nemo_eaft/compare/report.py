@@ -33,12 +33,12 @@ def finding(match: Match, matching: Matching) -> str:
     where = f"from {high:.3f} to {low:.3f}" if low < high else f"at {low:.3f}"
     text = (
         f"{method} {verdict} {'from' if sign == 0 else 'than'} {reference} by {shown.title}: mean difference at equal "
-        f"target quality {_interval(match.mean_difference)} {shown.unit} ({where} nats of target cross-entropy; "
+        f"target quality {as_text(match.mean_difference)} {shown.unit} ({where} nats of target cross-entropy; "
         f"{_over(method, reference, matching.seeds)})"
     )
     if match.turning:
         text += "; the sign changes along the way: " + ", ".join(
-            f"{_interval(level.difference)} at {level.target:.3f}" for level in match.turning
+            f"{as_text(level.difference)} at {level.target:.3f}" for level in match.turning
         )
     return f"{text}."
 
@@ -76,7 +76,8 @@ def by_chance(count: int, one_seed: int) -> str:
         f"method differed at all, about {(1 - CONFIDENCE) * count:.1f} of them would be on one side of 0 by chance."
     )
     if one_seed:
-        text += f" {one_seed} of them are of one seed, whose luck is in no interval: there it would be more."
+        are = "is" if one_seed == 1 else "are"
+        text += f" {one_seed} of them {are} of one seed, whose luck is in no interval: there it would be more."
     return text
 
 
@@ -139,12 +140,12 @@ def _levels(match: Match) -> list[str]:
             f"{level.target:.3f}",
             f"{level.reference:.4f}",
             f"{level.value:.4f}",
-            _interval(level.difference),
+            as_text(level.difference),
         )
         for level in match.levels
     ]
     span = f"{match.span[0]:.3f} to {match.span[1]:.3f}"
-    lines.append(_row(match.method, name, "mean", span, "", "", _interval(match.mean_difference)))
+    lines.append(_row(match.method, name, "mean", span, "", "", as_text(match.mean_difference)))
     return lines
 
 
@@ -179,7 +180,8 @@ def _name(measure: str) -> str:
     return f"{how}{shown.title}"
 
 
-def _interval(interval: Interval) -> str:
+def as_text(interval: Interval) -> str:
+    """A value and in brackets its interval."""
     if interval.low is None or interval.high is None:
         return f"{interval.value:+.4f} [no interval]"
     return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"

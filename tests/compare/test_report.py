@@ -58,7 +58,7 @@ def test_a_sentence_for_each_comparison() -> None:
     assert "for never never got below the base model's target cross-entropy" in never
     page = "\n".join(markdown(paths, matching))
     assert by_chance(2, 1) in page
-    assert "about 0.1 of them would be on one side of 0 by chance. 1 of them are of one seed" in page
+    assert "about 0.1 of them would be on one side of 0 by chance. 1 of them is of one seed" in page
     assert by_chance(40, 0).endswith("about 2.0 of them would be on one side of 0 by chance.")
     assert "by chance" not in "\n".join(markdown(paths, match(paths[:6], "sft", draws=50)))
 

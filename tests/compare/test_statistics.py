@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -10,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nemo_eaft.compare import matching, statistics
+from nemo_eaft.compare.arguments import NUMBERS
 from nemo_eaft.compare.matching import forgetting, match, seed_scale
 from nemo_eaft.compare.record import Path, Sums
 from nemo_eaft.compare.statistics import (
@@ -197,17 +199,40 @@ def test_intervals_over_seeds() -> None:
     assert [alone.low, alone.high] == pytest.approx([0.1, 0.1])
 
 
+def test_an_interval_does_not_depend_on_what_else_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on methods with more seeds or fewer, nor on other measures, nor on how many draws are worked on at once.
+    With one stream of random numbers for all it would, and a bound near 0 would change its side."""
+    paths = with_seeds((0.1, 0.2, 0.6))
+    (alone,) = match(paths, "b", draws=20).matches
+    assert alone.mean_difference is not None
+    assert alone.mean_difference.low != alone.mean_difference.high
+    others = [
+        dataclasses.replace(path, name=f"c{n}", method="c", seed=n) for n, path in enumerate([*paths, *paths][:4])
+    ]
+    assert match([*others, *paths], "b", draws=20).matches[1:] == (alone,)
+    probe = {"probe": Sums((1.0, 0.0, 1.0), (1, 1, 1))}
+    more = [dataclasses.replace(path, points=tuple(probe | each for each in path.points)) for path in paths]
+    assert match(more, "b", draws=20).matches[-1:] == (alone,)
+    for at_once in (1, 7, 21, 100):
+        monkeypatch.setattr(matching, "_AT_ONCE", at_once)
+        assert match(paths, "b", draws=20).matches == (alone,)
+
+
+def test_the_number_of_draws_is_said_once() -> None:
+    assert NUMBERS["draws"][0] == matching.DRAWS
+
+
 @pytest.mark.parametrize("seeds, covered, plain", [(2, 0.93, 0.5), (3, 0.95, 0.75), (5, 0.94, 0.84)])
 def test_how_often_an_interval_of_few_normal_seeds_holds_the_truth(seeds: int, covered: float, plain: float) -> None:
     """Of 2000 experiments; the plain percentile interval is the wrong variant."""
     generator = np.random.default_rng(1)
     found = generator.normal(size=(2000, seeds))
-    weights = matching._seeds({"method": seeds}, matching.DRAWS, generator)[seeds]
+    weights = matching._seeds({"method": seeds}, 1000, 1)[seeds]
     np.testing.assert_allclose(weights[0], 1 / seeds)
     low, high = np.percentile(weights[1:] @ found.T, [2.5, 97.5], axis=0)
     # Four standard errors of a share of 2000.
     assert np.mean((low <= 0) & (high >= 0)) == pytest.approx(covered, abs=0.02)
-    drawn = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=matching.DRAWS) / seeds
+    drawn = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=1000) / seeds
     low, high = np.percentile(drawn @ found.T, [2.5, 97.5], axis=0)
     assert np.mean((low <= 0) & (high >= 0)) == pytest.approx(plain, abs=0.04)
 
