@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.forgetting import design, rows
 from benchmarks.forgetting.inputs import FILE, Inputs, split
 from benchmarks.forgetting.mass import PUSH
+from nemo_eaft.compare.matching import SEED_DRAWS
 
 _WHAT = {
     "bfcl": "Function calling as it is (Berkeley Function Calling Leaderboard). Nothing is planted.",
@@ -52,9 +53,8 @@ def how(folder: Path) -> list[str]:
         "still has the same answers right. It also rises where probability goes to words that are no answer at all, so "
         "it has no value for guessing",
         f"* comparisons: at equal target cross-entropy, between trained checkpoints, with intervals over rows and "
-        f"seeds, of {design.DRAWS} draws: [docs/compare.md](../../docs/compare.md). An end of the interval of the "
-        f"question above moves by 0.01 from one seed of so many draws to another; with a thousand by 0.04, so that it "
-        f"fell on both sides of 0",
+        f"seeds, of {design.DRAWS} draws of rows with {SEED_DRAWS} of seeds each: "
+        f"[docs/compare.md](../../docs/compare.md)",
         f"* {PUSH}",
     ]
     found = read_inputs(folder)

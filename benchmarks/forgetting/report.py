@@ -77,7 +77,7 @@ def _page(folder: Path, by_setting: Lines, rates: Mapping[str, float], compared:
         "",
         "## All settings at once",
         "",
-        *_overviews(compared),
+        *_overviews(compared, rates),
         "",
         "## Learning rates",
         "",
@@ -133,12 +133,12 @@ def _mean(matching: Matching) -> str:
     )
 
 
-def _overviews(compared: Mapping[str, Compared]) -> list[str]:
+def _overviews(compared: Mapping[str, Compared], rates: Mapping[str, float]) -> list[str]:
     """For each measure of forgetting a table; the one that the study was made for stands first."""
     text = []
     _, _, first = design.PRIMARY
     for measure in sorted(FORGETTING, key=lambda name: name != first):
-        table = verdicts.overview(compared, measure)
+        table = verdicts.overview(compared, rates, measure)
         if len(table) > 2:
             shown = MEASURES[measure]
             text += [f"{shown.title[0].upper()}{shown.title[1:]}, {shown.unit}:", "", *table, ""]

@@ -166,15 +166,16 @@ def _cell(each: Match) -> str:
     return f"{said}{as_text(each.mean_difference)}" + (" (sign changes)" if each.turning else "")
 
 
-def overview(compared: Mapping[str, Compared], measure: str) -> list[str]:
-    """One measure, every method at its chosen learning rate in every setting."""
+def overview(compared: Mapping[str, Compared], rates: Mapping[str, float], measure: str) -> list[str]:
+    """One measure, every method at its chosen learning rate in every setting; those without one are left out. Where
+    seeds are missing it is said."""
     settings = [name for name, each in compared.items() if each.chosen is not None]
     heads = [f"{name}, {_seeds(len(design.SEEDS[name]))}" for name in settings]
     text = [f"| method | {' | '.join(heads)} |", "| --- " * (len(settings) + 1) + "|"]
-    for method in design.METHODS:
-        found = [_found(compared[name].chosen, method, measure) for name in settings]
-        if any(found):
-            text.append(f"| {method} | {' | '.join(found)} |")
+    for method in (name for name in design.METHODS if name in rates and name != design.REFERENCE):
+        text.append(
+            f"| {method} | {' | '.join(_found(compared[name].chosen, name, method, measure) for name in settings)} |"
+        )
     return text
 
 
@@ -182,8 +183,10 @@ def _seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
-def _found(matching: Matching | None, method: str, measure: str) -> str:
-    for each in matching.matches if matching is not None else []:
-        if (each.method, each.measure) == (method, measure):
-            return _cell(each) or "no common range"
-    return ""
+def _found(matching: Matching | None, setting: str, method: str, measure: str) -> str:
+    if matching is None or method not in matching.seeds:
+        return ""
+    (each,) = (each for each in matching.matches if (each.method, each.measure) == (method, measure))
+    seeds = min(matching.seeds[method], matching.seeds[design.REFERENCE])
+    planned = seeds == len(design.SEEDS[setting])
+    return (_cell(each) or "no common range") + ("" if planned else f" ({_seeds(seeds)} so far)")

@@ -17,7 +17,7 @@ NUMBERS = {
     "sample_tokens": (128, 2, "tokens of each, at most"),
     "windows": (64, 1, "pieces of --text"),
     "window_tokens": (256, 2, "tokens of each"),
-    "draws": (10_000, 0, "draws of the bootstrap; 0: no intervals"),
+    "draws": (2000, 0, "draws of rows for the bootstrap, each with 50 of seeds; 0: no intervals"),
     "seed": (0, 0, "of the texts and of the bootstrap"),
 }
 

@@ -1,11 +1,11 @@
 """Methods against one of them at equal target quality, with bootstrap intervals over seeds and rows.
 
-Each draw takes rows (samples, windows, questions) with replacement, the same ones for every method, and seeds with
-replacement, the same ones for all methods that have as many. Levels, range and learning rates are found anew for every
-draw of rows, from all seeds; which seeds were drawn moves the means alone. The interval is that of the 2.5th to the
-97.5th percentile of the draws, made wider by the margin of the interpolation between checkpoints: what coarse
-checkpoints leave open is not shown. With one seed for each learning rate it is over rows alone, and says nothing of
-what another seed would do.
+Each draw takes rows (samples, windows, questions) with replacement, the same ones for every method. Levels, range and
+learning rates are found anew for it, from all seeds. For each draw of rows seeds are drawn with replacement many times,
+the same ones for all methods that have as many; which seeds were drawn moves the means alone. The interval is that of
+the 2.5th to the 97.5th percentile of the draws, made wider by the margin of the interpolation between checkpoints: what
+coarse checkpoints leave open is not shown. With one seed for each learning rate it is over rows alone, and says nothing
+of what another seed would do.
 
 Few seeds drawn with replacement spread too little: of three normal ones the plain percentile interval holds the true
 mean 75 times in 100, not 95. So each draw's distance from the mean over all seeds is made wider by
@@ -17,13 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from nemo_eaft.compare.record import MEASURES, QUALITY, Path, Values
 from nemo_eaft.compare.statistics import (
+    Area,
     Course,
     Curve,
+    OfMethod,
     begin,
     common_range,
     curve_at,
@@ -35,8 +38,13 @@ from nemo_eaft.compare.statistics import (
 PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Levels: parts of the common range of target cross-entropy, from where it begins at a trained checkpoint to its end at
 the lowest one that both methods reach."""
-DRAWS = 10_000
-"""With a thousand, a bound moves by a tenth of the interval's width from one seed of the draws to another."""
+DRAWS = 2000
+"""Draws of the rows."""
+SEED_DRAWS = 50
+"""Draws of the seeds for each of them, which cost next to nothing. An end of the interval hangs on the few draws that
+take one seed alone (of three, one in 27): the upper end of ``benchmarks/forgetting``'s main comparison is at 0.016 nats
+with a standard deviation of 0.009 for 20000 draws of rows with one of seeds each, at 0.012 with 0.003 for 5000 with 50,
+in a quarter of the time."""
 CONFIDENCE = 0.95
 _LEAST = 0.95  # of the draws must have a value, or there is no interval
 _AT_ONCE = 500  # draws
@@ -148,25 +156,33 @@ def match(paths: Sequence[Path], reference: str, draws: int = DRAWS, seed: int =
     _check(paths)
     taking_part = _most_seeds(paths)
     weights = _weights(paths[0], draws, seed)
-    counts = {method: len(next(iter(curve.values()))) for method, curve in taking_part.items()}
-    seed_weights = _seeds(counts, draws, seed)
+    counts = {method: len(next(iter(rates.values()))) for method, rates in taking_part.items()}
 
     # All measures at once, for they share the levels. A part of the draws at a time, so that memory is bounded.
     measures = [measure for measure in paths[0].points[0] if measure != QUALITY]
-    curves: list[dict[str, Curve]] = []
+    parts: dict[str, Sequence[float]] = {}
+    reasons: dict[str, str] = {}
+    found: dict[str, list[_Found]] = {method: [] for method in taking_part if measures and method != reference}
     for start in range(0, draws + 1, _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        taken = {units: each[part] for units, each in weights.items()}
-        curves.append(
-            {
-                method: _curve(measures, rates, taken, seed_weights[counts[method]][part])
-                for method, rates in taking_part.items()
-            }
-        )
+        taken = {units: each[start : start + _AT_ONCE] for units, each in weights.items()}
+        curves = {method: _curve(measures, rates, taken) for method, rates in taking_part.items()}
+        theirs = curves[reference]
+        for method in found:
+            mine = curves[method]
+            if start == 0:
+                # The first draw is what was measured.
+                lowest, highest = (float(end[0, 0]) for end in common_range(mine, theirs))
+                parts[method] = PARTS if lowest < highest else PARTS[-1:]
+                if np.isnan(lowest):
+                    reasons[method] = _why_not(method, mine, reference, theirs)
+            if method not in reasons:
+                found[method].append(_at_levels(mine, theirs, parts[method]))
+    of_seeds = _seeds(counts, draws, seed)
     pairs = [
-        _match(measures, method, reference, [(each[method], each[reference]) for each in curves])
-        for method in taking_part
-        if measures and method != reference
+        [Match(measure, method, (), None, None, reasons[method]) for measure in measures]
+        if method in reasons
+        else _matches(measures, method, parts[method], each, of_seeds[counts[method]], of_seeds[counts[reference]])
+        for method, each in found.items()
     ]
     return Matching(
         reference,
@@ -177,39 +193,68 @@ def match(paths: Sequence[Path], reference: str, draws: int = DRAWS, seed: int =
     )
 
 
+class _Found(NamedTuple):
+    """A part of the draws of two methods; they stand in the second place."""
+
+    levels: Values
+    """[1, draws, levels] of target cross-entropy."""
+    mine: OfMethod
+    """[measures, draws, levels]"""
+    theirs: OfMethod
+    area: Area
+    """[measures, draws]"""
+
+
 def _curve(
-    measures: Sequence[str],
-    rates: Mapping[float | None, Sequence[Path]],
-    weights: Mapping[str, Values],
-    seed_weights: Values,
+    measures: Sequence[str], rates: Mapping[float | None, Sequence[Path]], weights: Mapping[str, Values]
 ) -> Curve:
-    """[measures, draws, points] of one method; the weights are [draws, units] and [draws, seeds]."""
+    """[measures, draws, points] of one method; the weights are [draws, units]."""
     return {
         rate: [
             Course(
                 _means(run, QUALITY, weights)[None],
                 np.stack([forgetting(run, measure, weights) for measure in measures]),
-                weight[None],
             )
-            for run, weight in zip(runs, seed_weights.T, strict=True)
+            for run in runs
         ]
         for rate, runs in rates.items()
     }
 
 
-def _match(measures: Sequence[str], method: str, reference: str, pairs: Sequence[tuple[Curve, Curve]]) -> list[Match]:
-    """pairs: both curves, [measures, draws, points], a part of the draws in each; the first draw of the first is what
-    was measured."""
-    lowest, highest = (float(end[0, 0]) for end in common_range(*pairs[0]))
-    if np.isnan(lowest):
-        reason = _why_not(method, pairs[0][0], reference, pairs[0][1])
-        return [Match(measure, method, (), None, None, reason) for measure in measures]
-    parts = PARTS if lowest < highest else PARTS[-1:]
-    found = [_at_levels(mine, theirs, parts) for mine, theirs in pairs]
-    # Draws stand in the second place of all of them.
-    levels, values, value_margins, others, other_margins, areas, area_margins = (
-        np.concatenate(each, axis=1) for each in zip(*found, strict=True)
+def _at_levels(mine: Curve, theirs: Curve, parts: Sequence[float]) -> _Found:
+    levels = levels_in(*common_range(mine, theirs), parts)
+    return _Found(levels, curve_at(mine, levels), curve_at(theirs, levels), mean_difference(mine, theirs))
+
+
+def _matches(
+    measures: Sequence[str],
+    method: str,
+    parts: Sequence[float],
+    found: Sequence[_Found],
+    mine: Values,
+    theirs: Values,
+) -> list[Match]:
+    """Of one method.
+
+    Args:
+        parts: of the common range.
+        found: all parts of the draws; the first draw of the first is what was measured.
+        mine, theirs: of :func:`_seeds`, for as many seeds as each has.
+    """
+    levels = np.concatenate([each.levels for each in found], axis=1)
+    values, others = (
+        OfMethod(*(np.concatenate(each, axis=1) for each in zip(*of, strict=True)))
+        for of in ([each.mine for each in found], [each.theirs for each in found])
     )
+    areas = Area(*(np.concatenate(each, axis=1) for each in zip(*(each.area for each in found), strict=True)))
+
+    def at(place: int, number: int) -> Interval:
+        return _interval(
+            values.value[place, 0, number] - others.value[place, 0, number],
+            _drawn_means(values.seeds[place, 1:, number], mine) - _drawn_means(others.seeds[place, 1:, number], theirs),
+            (values.margin + others.margin)[place, 1:, number],
+        )
+
     return [
         Match(
             measure,
@@ -218,26 +263,27 @@ def _match(measures: Sequence[str], method: str, reference: str, pairs: Sequence
                 Level(
                     part,
                     float(levels[0, 0, number]),
-                    float(values[place, 0, number]),
-                    float(others[place, 0, number]),
-                    _interval(
-                        values[place, :, number] - others[place, :, number],
-                        value_margins[place, :, number] + other_margins[place, :, number],
-                    ),
+                    float(values.value[place, 0, number]),
+                    float(others.value[place, 0, number]),
+                    at(place, number),
                 )
                 for number, part in enumerate(parts)
             ),
-            _interval(areas[place], area_margins[place]),
-            (lowest, highest),
+            _interval(
+                areas.value[place, 0],
+                _drawn_means(areas.first[place, 1:], mine) - _drawn_means(areas.second[place, 1:], theirs),
+                areas.margin[place, 1:],
+            ),
+            (float(levels[0, 0].min()), float(levels[0, 0].max())),
         )
         for place, measure in enumerate(measures)
     ]
 
 
-def _at_levels(mine: Curve, theirs: Curve, parts: Sequence[float]) -> tuple[Values, ...]:
-    """Levels, both curves there with their margins, and the mean difference with its own."""
-    levels = levels_in(*common_range(mine, theirs), parts)
-    return (levels, *curve_at(mine, levels), *curve_at(theirs, levels), *mean_difference(mine, theirs))
+def _drawn_means(seeds: Values, weights: Values) -> Values:
+    """[draws, seed draws] from [draws, seeds] and [draws, seed draws, seeds]."""
+    means: Values = np.einsum("ds,dns->dn", seeds, weights)
+    return means
 
 
 def _why_not(method: str, mine: Curve, reference: str, theirs: Curve) -> str:
@@ -293,10 +339,12 @@ def _weights(path: Path, draws: int, seed: int) -> dict[str, Values]:
 
 
 def _seeds(counts: Mapping[str, int], draws: int, seed: int) -> dict[int, Values]:
-    """Number of seeds -> [draws + 1, seeds] the weight of each in the mean; in the first line all have the same."""
+    """Number of seeds -> [draws, seed draws, seeds] the weight of each in the mean."""
+    # Where nobody has several there is nothing to draw.
+    times = SEED_DRAWS if max(counts.values()) > 1 else 1
     found = {}
     for count in set(counts.values()):
-        distance = np.concatenate([np.zeros((1, count)), _drawn(count, draws, seed, "seeds") - 1])
+        distance = _drawn(count, draws * times, seed, "seeds").reshape(draws, times, count) - 1
         found[count] = (1 + seed_scale(count) * distance) / count
     return found
 
@@ -329,12 +377,12 @@ def _check(paths: Sequence[Path]) -> None:
                 )
 
 
-def _interval(values: Values, margin: Values) -> Interval:
-    """The first of each is what was measured, the others are draws."""
-    there = np.isfinite(values[1:])
-    drawn, margin = values[1:][there], margin[1:][there]
-    if not len(drawn) or len(drawn) < _LEAST * (len(values) - 1):
-        return Interval(float(values[0]), None, None)
+def _interval(value: float, drawn: Values, margin: Values) -> Interval:
+    """value: what was measured; drawn: [draws, seed draws]; margin: [draws] of each draw of rows."""
+    there = np.isfinite(drawn).all(1)
+    if not len(drawn) or there.mean() < _LEAST:
+        return Interval(float(value), None, None)
+    drawn, margin = drawn[there], margin[there][:, None]
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(drawn - margin, tail), np.percentile(drawn + margin, 100 - tail)
-    return Interval(float(values[0]), float(low), float(high))
+    return Interval(float(value), float(low), float(high))

@@ -32,8 +32,6 @@ class Course(NamedTuple):
     """[..., points] target cross-entropy, nats per token; the first is the base model's."""
     other: Values
     """[..., points] what is wanted at a level of it."""
-    weight: Values | None = None
-    """[...] of this seed in the mean over those of its learning rate, together 1; None: each has the same."""
 
 
 Curve = Mapping[Any, Sequence[Course]]
@@ -64,7 +62,7 @@ def at_level(course: Course, levels: Values) -> Between:
     values of the two. Where it turns at one of the two, the margin reaches as far as the parabolas leave them, at most
     over their difference; and over all of it where two neighbours are at one level, through which there is no parabola.
     """
-    quality, other, _ = course
+    quality, other = course
     points = quality.shape[-1]
     best = np.minimum.accumulate(quality, axis=-1)
     # The first point at or below each level: as many as are above it, for `best` never rises.
@@ -114,30 +112,30 @@ def at_level(course: Course, levels: Values) -> Between:
     return Between(np.where(begins, other[..., :1], value), np.where(begins, 0.0, margin))
 
 
-def curve_at(curve: Curve, levels: Values) -> Between:
-    """A method at [..., levels]: the mean over seeds at the learning rate where it is lowest; NaN where no learning
-    rate has reached a level with every seed. Which learning rate that is, is found with equal weights; the margin is
-    the mean of the seeds' margins."""
-    means, drawn, margins = [], [], []
+class OfMethod(NamedTuple):
+    """A method at levels of quality."""
+
+    value: Values
+    """[..., levels] the mean over seeds."""
+    margin: Values
+    """[..., levels] the mean of their margins."""
+    seeds: Values
+    """[..., levels, seeds] what each of them has."""
+
+
+def curve_at(curve: Curve, levels: Values) -> OfMethod:
+    """A method at [..., levels], at the learning rate where the mean over seeds is lowest; NaN where no learning rate
+    has reached a level with every seed. All learning rates have as many seeds."""
+    seeds, margins = [], []
     for courses in curve.values():
         found = [at_level(course, levels) for course in courses]
-        means.append(np.mean([each.value for each in found], axis=0))
+        seeds.append(np.stack([each.value for each in found], axis=-1))
         margins.append(np.mean([each.margin for each in found], axis=0))
-        if courses[0].weight is None:
-            drawn.append(means[-1])
-        else:
-            weights = [each.weight[..., None] for each in courses if each.weight is not None]
-            drawn.append(np.sum([w * each.value for w, each in zip(weights, found, strict=True)], axis=0))
+    means = [each.mean(-1) for each in seeds]
     # What is not reached is passed over.
     best = np.argmin(np.where(np.isnan(means), np.inf, means), axis=0)[None]
-    value, margin = (np.take_along_axis(np.stack(each), best, 0)[0] for each in (drawn, margins))
-    return Between(value, margin)
-
-
-def difference(first: Curve, second: Curve, levels: Values) -> Between:
-    """``first - second`` at [..., levels], with both margins together."""
-    mine, theirs = curve_at(first, levels), curve_at(second, levels)
-    return Between(mine.value - theirs.value, mine.margin + theirs.margin)
+    value, margin = (np.take_along_axis(np.stack(each), best, 0)[0] for each in (means, margins))
+    return OfMethod(value, margin, np.take_along_axis(np.stack(seeds), best[..., None], 0)[0])
 
 
 def reach(curve: Curve) -> Values:
@@ -177,10 +175,22 @@ def levels_in(lowest: Values, highest: Values, parts: Sequence[float]) -> Values
     return levels
 
 
-def mean_difference(first: Curve, second: Curve) -> Between:
-    """[...] the area between two curves over their common range, divided by its width: the mean of ``first - second``
-    over levels; the difference itself where the range is one level; NaN where there is none. The margin is the mean of
-    the margins.
+class Area(NamedTuple):
+    """The area between two curves over their common range, divided by its width."""
+
+    value: Values
+    """[...] the mean of ``first - second`` over levels."""
+    margin: Values
+    """[...] the mean of both margins together."""
+    first: Values
+    """[..., seeds] the mean of what each seed of the first has; the mean of these less that of the second's is
+    ``value``."""
+    second: Values
+    """[..., seeds]"""
+
+
+def mean_difference(first: Curve, second: Curve) -> Area:
+    """[...] of two curves; the difference itself where the range is one level; NaN where there is none.
 
     By the trapezoidal rule between the levels of all checkpoints in it and :data:`GRID` equal parts.
     """
@@ -190,11 +200,20 @@ def mean_difference(first: Curve, second: Curve) -> Between:
     # Those outside move to the ends, where they have no width.
     inside = np.clip(np.concatenate([grid, *knots], axis=-1), lowest[..., None], highest[..., None])
     levels = np.sort(inside, axis=-1)
+    widths, whole = np.diff(levels, axis=-1), highest - lowest
 
     def mean(values: Values) -> Values:
-        area = np.sum((values[..., 1:] + values[..., :-1]) / 2 * np.diff(levels, axis=-1), axis=-1)
+        area = np.sum((values[..., 1:] + values[..., :-1]) / 2 * widths, axis=-1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(lowest < highest, area / (highest - lowest), values[..., 0])
+            return np.where(lowest < highest, area / whole, values[..., 0])
 
-    found = difference(first, second, levels)
-    return Between(mean(found.value), mean(found.margin))
+    def of_seeds(values: Values) -> Values:
+        return np.stack([mean(values[..., seed]) for seed in range(values.shape[-1])], axis=-1)
+
+    mine, theirs = curve_at(first, levels), curve_at(second, levels)
+    return Area(
+        mean(mine.value - theirs.value),
+        mean(mine.margin + theirs.margin),
+        of_seeds(mine.seeds),
+        of_seeds(theirs.seeds),
+    )

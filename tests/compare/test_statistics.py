@@ -199,17 +199,27 @@ def test_intervals_over_seeds() -> None:
     assert [alone.low, alone.high] == pytest.approx([0.1, 0.1])
 
 
+def with_rows_and_seeds() -> list[Path]:
+    """Three seeds of each, whose three rows differ in both methods and all seeds."""
+    generator = np.random.default_rng(4)
+    return [
+        run(method, seed, [0, 1], [2.0, 1.0], [[0.0] * 3, generator.uniform(size=3).tolist()])
+        for method in "ab"
+        for seed in range(3)
+    ]
+
+
 def test_an_interval_does_not_depend_on_what_else_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither on methods with more seeds or fewer, nor on other measures, nor on how many draws are worked on at once.
     With one stream of random numbers for all it would, and a bound near 0 would change its side."""
-    paths = with_seeds((0.1, 0.2, 0.6))
+    paths = with_rows_and_seeds()
     (alone,) = match(paths, "b", draws=20).matches
     assert alone.mean_difference is not None
     assert alone.mean_difference.low != alone.mean_difference.high
-    others = [
-        dataclasses.replace(path, name=f"c{n}", method="c", seed=n) for n, path in enumerate([*paths, *paths][:4])
-    ]
-    assert match([*others, *paths], "b", draws=20).matches[1:] == (alone,)
+    four = [*paths, *paths][:4]
+    others = [dataclasses.replace(path, name=f"c{n}", method="c", seed=n) for n, path in enumerate(four)]
+    first, second = match([*others, *paths], "b", draws=20).matches
+    assert (first.method, second) == ("c", alone)
     probe = {"probe": Sums((1.0, 0.0, 1.0), (1, 1, 1))}
     more = [dataclasses.replace(path, points=tuple(probe | each for each in path.points)) for path in paths]
     assert match(more, "b", draws=20).matches[-1:] == (alone,)
@@ -218,8 +228,38 @@ def test_an_interval_does_not_depend_on_what_else_is_compared(monkeypatch: pytes
         assert match(paths, "b", draws=20).matches == (alone,)
 
 
-def test_the_number_of_draws_is_said_once() -> None:
+def test_draws_of_different_things_are_independent() -> None:
+    """As many rows as texts, and as seeds, are drawn apart: a draw that takes the first row twice does not take the
+    first seed twice."""
+    rows, texts, seeds = (matching._drawn(3, 1000, 0, what) for what in ("rows", "samples", "seeds"))
+    for one, other in ((rows, texts), (rows, seeds), (texts, seeds)):
+        assert abs(np.corrcoef(one[:, 0], other[:, 0])[0, 1]) < 0.1
+    assert not np.array_equal(seeds, matching._drawn(3, 1000, 1, "seeds"))
+
+
+def test_seeds_are_drawn_in_pairs() -> None:
+    """With each seed `a` forgets 0.1 more than `b` with the same one, however far the seeds are from each other: there
+    is nothing to doubt. Of two methods with unlike numbers of seeds each is drawn by itself."""
+    values = (0.0, 1.0, 5.0)
+    paths = [
+        run(method, seed, [0, 1], [2.0, 1.0], [[0.0, 0.0], [value + more, value + more]])
+        for method, more in (("a", 0.1), ("b", 0.0))
+        for seed, value in enumerate(values)
+    ]
+    paired = match(paths, "b", draws=100).matches[0]
+    for interval in (paired.mean_difference, paired.levels[-1].difference):
+        assert interval is not None
+        assert [interval.low, interval.high] == pytest.approx([0.1, 0.1])
+    unlike = match([path for path in paths if (path.method, path.seed) != ("a", 2)], "b", draws=100).matches[0]
+    assert unlike.mean_difference is not None
+    assert unlike.mean_difference.low is not None
+    assert unlike.mean_difference.high is not None
+    assert unlike.mean_difference.low < -3 < 3 < unlike.mean_difference.high
+
+
+def test_draws_of_the_command_are_those_of_the_function() -> None:
     assert NUMBERS["draws"][0] == matching.DRAWS
+    assert f"each with {matching.SEED_DRAWS} of seeds" in NUMBERS["draws"][2]
 
 
 @pytest.mark.parametrize("seeds, covered, plain", [(2, 0.93, 0.5), (3, 0.95, 0.75), (5, 0.94, 0.84)])
@@ -227,9 +267,9 @@ def test_how_often_an_interval_of_few_normal_seeds_holds_the_truth(seeds: int, c
     """Of 2000 experiments; the plain percentile interval is the wrong variant."""
     generator = np.random.default_rng(1)
     found = generator.normal(size=(2000, seeds))
-    weights = matching._seeds({"method": seeds}, 1000, 1)[seeds]
-    np.testing.assert_allclose(weights[0], 1 / seeds)
-    low, high = np.percentile(weights[1:] @ found.T, [2.5, 97.5], axis=0)
+    weights = matching._seeds({"method": seeds}, 1000 // matching.SEED_DRAWS, 1)[seeds].reshape(-1, seeds)
+    np.testing.assert_allclose(weights.sum(1), 1)
+    low, high = np.percentile(weights @ found.T, [2.5, 97.5], axis=0)
     # Four standard errors of a share of 2000.
     assert np.mean((low <= 0) & (high >= 0)) == pytest.approx(covered, abs=0.02)
     drawn = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=1000) / seeds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert page == report.page(folder)
     assert "eaft alpha=1 forgets less than sft by drift, KL(base || tuned)" in page
     assert "dft against sft, drift, KL(base || tuned): there is no common range" in page
+    assert "| dft | none |  |  |  |  |" in page
     assert page.count("| bfcl | eaft alpha=1 | 1e-05 |") == 3
     assert [path.relative_to(tmp_path).as_posix() for path in written[1:]] == [
         f"figures/bfcl/{name}.png" for name in ("drift", "text", "probe", "answer", "push")
@@ -84,6 +86,19 @@ def test_the_question_stands_first_and_the_others_are_counted(tmp_path: Path) ->
     assert "about 1.6 of them" in question
     assert "16 of them are of one seed" in question
     assert "say *forgets less*, 0 *forgets more*" in question
+    # All settings at once, the measure of the question first.
+    tables = page[page.index("## All settings at once") : page.index("## Learning rates")]
+    assert tables.index("Cross-entropy of the probe's right answers, nats per question:") < tables.index("Drift, KL")
+    head, _, *rows = tables[tables.index("| method |") :].split("\n\n")[0].splitlines()
+    assert head == "| method | bfcl, 3 seeds | conflicts-30, 3 seeds |"
+    assert [row.split(" | ")[0] for row in rows] == ["| eaft alpha=1", "| mask"]
+    assert rows[0].count("**less** -") == 2
+    assert re.fullmatch(r"\| mask( \| \+0\.0000 \[-0\.\d{4}, \+0\.\d{4}\]){2} \|", rows[1])
+    setting = page[page.index("## bfcl") : page.index("## conflicts-10")]
+    found = setting[setting.index("### What was found") : setting.index("<details>")]
+    assert "Mean difference from sft" in found
+    assert "Seeds: sft 3, eaft alpha=1 3, mask 3." in found
+    assert "| eaft alpha=1 | 1.750 to 1.000 | **less** -" in found
     # In the order of the design, not in that of the lines.
     assert page.index("* eaft alpha=1 forgets less than sft by drift") < page.index("* mask is not shown to differ")
     # A seed that is missing, and it is not final.
@@ -91,6 +106,13 @@ def test_the_question_stands_first_and_the_others_are_counted(tmp_path: Path) ->
     assert "Not final" not in question
     partly = report.page(made(tmp_path / "partly", missing))
     assert "over rows and seeds: 3 of eaft alpha=1, 2 of sft). (Not final: some of its runs are still" in partly
+    assert partly.count("] (2 seeds so far) |") == 8, "two methods, four measures"
+    # Without a run of the tuning no learning rate is chosen, and nothing is said of the method.
+    untuned = [each for each in missing if (each.method, each.learning_rate) != ("mask", 1e-5)]
+    some = report.page(made(tmp_path / "untuned", untuned))
+    some = some[some.index("## All settings at once") : some.index("## Learning rates")]
+    assert "| eaft alpha=1 |" in some
+    assert "| mask |" not in some
 
 
 @pytest.mark.usefixtures("few_draws")
@@ -156,9 +178,10 @@ def test_what_is_confounded_and_what_guessing_has(tmp_path: Path) -> None:
     assert "| conflicts-50 | 48 | 4.8 | 48 |" in page
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_page_is_current() -> None:
-    """With all its draws: about a minute and a half."""
+    """With all its draws: about a minute."""
     home = results.FOLDER.parent
     assert (home / report.README).read_text(encoding="utf-8") == report.page(results.FOLDER), (
         "python -m benchmarks.forgetting --report writes it anew"
