@@ -183,6 +183,13 @@ def test_what_is_confounded_and_what_guessing_has(tmp_path: Path) -> None:
 def test_the_page_is_current() -> None:
     """With all its draws: about a minute."""
     home = results.FOLDER.parent
-    assert (home / report.README).read_text(encoding="utf-8") == report.page(results.FOLDER), (
+    page = report.page(results.FOLDER)
+    assert (home / report.README).read_text(encoding="utf-8") == page, (
         "python -m benchmarks.forgetting --report writes it anew"
     )
+    # The project's README has the table of the named measure, and its verdict.
+    readme = (home.parents[1] / "README.md").read_text(encoding="utf-8")
+    table = page.split("Cross-entropy of the probe's right answers, nats per question:\n\n")[1].split("\n\n")[0]
+    assert f"--report -->\n{table}\n<!-- end -->" in readme
+    question = page[: page.index("## How")]
+    assert ("is not shown to differ" in question) == ("is **not shown** at 95 %" in readme)
