@@ -17,10 +17,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ from typing import Any
 from nemo_eaft.atomic import complete_folder
 from nemo_eaft.integrity import write_sums
 from nemo_eaft.orphans import end_with_parent
+from nemo_eaft.writer import end_writer_with_rank
 
 # Hugging Face `model_type` -> NeMo model: of NeMo 2.7.3, or ours where it has none.
 FAMILIES = {
@@ -46,6 +49,7 @@ HF_FILES = "hf"
 MANIFEST = "nemo_eaft.json"
 """File inside an imported checkpoint that says what it was made from; its presence means that it is complete."""
 
+_PATIENCE = 60.0  # seconds for a conversion to remove what it has written
 
 _JOB_VARIABLES = (
     "GROUP_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "RANK", "ROLE_", "SLURM_", "TORCHELASTIC_", "WORLD_SIZE",
@@ -277,7 +281,8 @@ def environment_outside_a_job() -> dict[str, str]:
 
 
 def run_in_own_process(arguments: list[str], backend: str | None = None) -> None:
-    """Run `python -m nemo_eaft.convert` with `arguments` and wait. It ends when this process does, without a trace.
+    """Run `python -m nemo_eaft.convert` with `arguments` and wait. It ends when this process does, however that
+    happens, and then leaves no half-written folder.
 
     backend: None: cuda where there is a GPU, else cpu. A login node of a cluster has none, and what it converts is
         trained where there are some.
@@ -300,12 +305,51 @@ def run_in_own_process(arguments: list[str], backend: str | None = None) -> None
                 f"{nemo_eaft.cpu.NEMO_VERSION}: {reason}"
             )
     command = [sys.executable, "-m", "nemo_eaft.convert", "--backend", backend]
-    command += ["--parent", str(os.getpid()), *arguments]
-    done = subprocess.run(command, env=environment_outside_a_job(), stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode == 2:
-        raise ValueError(done.stderr.strip().splitlines()[-1].removeprefix("nemo_eaft.convert: "))
-    if done.returncode:
-        raise RuntimeError(f"conversion failed (exit code {done.returncode}):\n{done.stderr[-4000:]}")
+    code, said = run_to_its_end([*command, "--parent", str(os.getpid()), *arguments])
+    if code == 2:
+        raise ValueError(said.strip().splitlines()[-1].removeprefix("nemo_eaft.convert: "))
+    if code:
+        raise RuntimeError(f"conversion failed (exit code {code}):\n{said[-4000:]}")
+
+
+def run_to_its_end(command: list[str]) -> tuple[int, str]:
+    """Exit code and standard error of a process. `subprocess.run` would kill it a quarter of a second after Ctrl-C,
+    before it has removed what it was writing."""
+    with subprocess.Popen(command, env=environment_outside_a_job(), stderr=subprocess.PIPE, text=True) as child:
+        try:
+            said = child.communicate()[1]
+        except BaseException:
+            child.terminate()
+            raise  # leaving the block waits for it
+    return child.returncode, said
+
+
+def _end_cleanly(parent: int) -> None:
+    """Let this conversion remove its half-written folder when it is asked to end, or `parent` is gone."""
+
+    def leave(number: int, _: object) -> None:
+        # The parent's signal and the one for its end may both come: the second must not break into the removal.
+        for each in ends:
+            signal.signal(each, signal.SIG_IGN)
+        # Megatron's writers would go on writing into the folder, and be waited for.
+        for child in multiprocessing.active_children():
+            child.kill()
+        sys.exit(128 + number)
+
+    # Where nohup has a hang-up ignored, it stays so.
+    ends = [
+        each for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN
+    ]
+    for each in ends:
+        signal.signal(each, leave)
+    end_with_parent(parent, _terminate)
+
+
+def _terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    # The exception may be lost where somebody catches everything.
+    time.sleep(_PATIENCE)
+    os._exit(128 + signal.SIGTERM)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -325,15 +369,15 @@ def main(argv: list[str] | None = None) -> int:
     to_hf.add_argument("hf_files", type=Path)
     arguments = parser.parse_args(argv)
     if arguments.parent is not None:
-        # By an exception, so that the half-written folder is removed.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        end_with_parent(arguments.parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        _end_cleanly(arguments.parent)
     if arguments.backend == "cpu":
         import nemo_eaft.cpu
 
         nemo_eaft.cpu.enable()
     try:
         if arguments.command == "to-nemo":
+            # NeMo saves what it has imported, as a rank saves a checkpoint.
+            end_writer_with_rank()
             source = hf_folder(arguments.source)
             convert_to_nemo(source, arguments.output, arguments.tokenizer, arguments.trust_remote_code)
         else:

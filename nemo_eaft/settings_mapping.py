@@ -124,6 +124,7 @@ def _refuse_targets(value: Any, key: str) -> None:
 
 
 def unknown_key(key: str, where: str) -> str:
+    """The message for a key that there is not, with the one that was meant."""
     group = key.partition(".")[0]
     if "." not in key:
         hint = suggest(key, [*GROUPS, *known_keys()]) or _suggest_last(key)
@@ -138,6 +139,7 @@ def unknown_key(key: str, where: str) -> str:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
+    """``, did you mean ...?`` with the nearest of ``known`` by letters; empty where none is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]}?" if close else ""
 

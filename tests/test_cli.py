@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -328,11 +327,11 @@ def test_import_uses_the_backend_of_this_machine(tmp_path: Path, monkeypatch: py
 
     commands: list[list[str]] = []
 
-    def finished(command: list[str], **_: Any) -> Any:
+    def finished(command: list[str]) -> tuple[int, str]:
         commands.append(command)
-        return types.SimpleNamespace(returncode=0)
+        return 0, ""
 
-    monkeypatch.setattr(subprocess, "run", finished)
+    monkeypatch.setattr(convert, "run_to_its_end", finished)
     for there in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         convert.run_in_own_process(["to-nemo"])
@@ -358,7 +357,7 @@ def test_a_conversion_without_a_gpu_in_an_image_that_needs_one_is_not_started(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("json" if name == module else name))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version if "nemo" in name else say(name))
     started: list[object] = []
-    monkeypatch.setattr(subprocess, "run", lambda *words, **_: started.append(words))
+    monkeypatch.setattr(convert, "run_to_its_end", lambda command: started.append(command))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=rf"needs a GPU in this environment, .*: {reason}"):
         convert.run_in_own_process(["to-nemo"], backend)

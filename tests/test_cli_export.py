@@ -108,46 +108,73 @@ def test_export_of_nothing(
     assert not (home / "out").exists()
 
 
-# Starts the conversion as run_in_own_process does, with one that takes long in place of NeMo's.
+# Starts the conversion as run_in_own_process does, with one that takes long in place of NeMo's, and a disk that takes
+# two seconds to remove anything. Megatron writes with processes that are forked.
 STARTER = """
-    import subprocess, sys
+    import sys
+    from nemo_eaft.convert import run_to_its_end
 
-    child = subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]])
-    print(child.pid, flush=True)
-    child.wait()
+    print(run_to_its_end([sys.executable, "-c", *sys.argv[1:]]))
 """
 CONVERSION = """
-    import os, sys, time
+    import multiprocessing, os, shutil, sys, time
     from pathlib import Path
     from nemo_eaft import convert
     from nemo_eaft.atomic import complete_folder
 
+    def write(folder):
+        for number in range(10**6):
+            folder.mkdir(exist_ok=True)
+            (folder / f"part{number}").touch()
+            time.sleep(0.01)
+
     def slow(checkpoint, output, hf_files):
         with complete_folder(output) as folder:
-            (folder / "half").touch()
+            writer = multiprocessing.get_context("fork").Process(target=write, args=(folder,))
+            writer.start()
+            Path(sys.argv[2]).write_text(f"{os.getpid()} {writer.pid}")
             time.sleep(600)
 
+    remove = shutil.rmtree
+    shutil.rmtree = lambda *words, **named: (time.sleep(2), remove(*words, **named))
     convert.convert_to_hf = slow
     convert.main(["--parent", str(os.getppid()), "to-hf", "checkpoint", sys.argv[1], "hf"])
 """
 
 
-def test_a_conversion_ends_with_who_started_it_and_leaves_nothing(tmp_path: Path) -> None:
-    """Whoever is killed cannot end its child, which would hold memory and the disk for minutes."""
+@pytest.mark.parametrize(
+    "number, to_all",
+    [
+        (signal.SIGKILL, False),
+        (signal.SIGTERM, False),
+        (signal.SIGTERM, True),
+        (signal.SIGINT, True),
+        (signal.SIGHUP, True),
+    ],
+    ids=["killed", "ended", "job-ended", "ctrl-c", "hung-up"],
+)
+def test_a_conversion_ends_with_who_started_it_and_leaves_nothing(
+    tmp_path: Path, number: signal.Signals, to_all: bool
+) -> None:
+    """It would hold memory and the disk for minutes. `to_all`: to both, as from a terminal or a batch system; the
+    conversion then gets another SIGTERM while it cleans up, for its parent is gone."""
+    folder, pids = tmp_path / "to", tmp_path / "pids"
+    folder.mkdir()
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    words = [sys.executable, "-c", *map(textwrap.dedent, (STARTER, CONVERSION)), str(tmp_path / "out")]
-    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as starter:
-        assert starter.stdout is not None
-        child = int(starter.stdout.readline())
+    words = [sys.executable, "-c", *map(textwrap.dedent, (STARTER, CONVERSION)), str(folder / "out"), str(pids)]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as starter:
+        found: list[int] = []
         try:
-            wait_for(lambda: any(tmp_path.glob(".out.*/half")))
-            starter.kill()
-            wait_for(lambda: not any(tmp_path.iterdir()))
-            wait_for(lambda: not alive(child))
+            wait_for(lambda: pids.is_file() and len(pids.read_text().split()) == 2)
+            found = [int(pid) for pid in pids.read_text().split()]
+            wait_for(lambda: any(folder.glob(".out.*/part*")))
+            (os.killpg if to_all else os.kill)(starter.pid, number)
+            wait_for(lambda: not any(map(alive, found)))
+            assert not any(folder.iterdir())
+            assert starter.wait(60) in (-number, 1), "it did not go on"
         finally:
-            starter.kill()
-            if alive(child):
-                os.kill(child, signal.SIGKILL)
+            for pid in filter(alive, [*found, starter.pid]):
+                os.kill(pid, signal.SIGKILL)
 
 
 def wait_for(done: Callable[[], bool]) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import alive
+
 ROOT = Path(__file__).parent.parent
 
 CODE = """
@@ -53,17 +55,10 @@ def test_what_is_left_of_a_killed_rank(tmp_path: Path, whose: str, ends: bool) -
     assert rank.returncode == -signal.SIGKILL
     server = int((tmp_path / "out").read_text())
     deadline = time.monotonic() + (60 if ends else 3)
-    while _runs(server) and time.monotonic() < deadline:
+    while alive(server) and time.monotonic() < deadline:
         time.sleep(0.1)
     try:
-        assert _runs(server) == (not ends)
+        assert alive(server) == (not ends)
     finally:
-        if _runs(server):
+        if alive(server):
             os.kill(server, signal.SIGKILL)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     start = store.get(weights)
     if start is None:
-        print(f"measure the base model: {base}", flush=True)
+        print(f"base model: {base}", flush=True)
         start = measured(base, weights)
     _warn_of_probe(start, arguments.probe)
     kept = [kept_checkpoints(source) for source in sources]
@@ -86,9 +86,12 @@ def run(arguments: argparse.Namespace) -> int:
         steps, points = [0], [start]
         for checkpoint in checkpoints:
             number += 1
+            # Before its files are read through, which may take minutes.
+            print(f"checkpoint {number} of {total}: {checkpoint}", flush=True)
             content = content_digest(checkpoint)
             found = store.get(content)
-            print(f"measure {number} of {total}: {checkpoint}{'' if found is None else ', done before'}", flush=True)
+            if found is not None:
+                print("measured before", flush=True)
             if found is None and source.settings is None:
                 found = measured(checkpoint, content)
             elif found is None:
@@ -157,7 +160,7 @@ def _depends_on(
         "dtype": arguments.dtype,
         "device": arguments.device,
         "rows": digest([[row.input_ids, row.answers] for row in rows]),
-        "samples": [arguments.samples, arguments.sample_tokens, arguments.seed],
+        "samples": [arguments.samples, arguments.sample_tokens, arguments.seed] if arguments.samples else [],
         "text": digest(pieces),
         "probe": digest([[each.prompt, each.answers, each.right] for each in questions]),
         "probe_score": arguments.probe_score,

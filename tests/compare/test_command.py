@@ -43,8 +43,8 @@ def test_configurations_runs_and_folders_become_one_report(
         ("eaft alpha=0.5", 3, 5e-6),
     ]
     places = [f"{bench.folder}/runs/{name}/checkpoints/step={step}" for name in ("sft", "eaft") for step in (1, 3)]
-    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measure ")]
-    assert shown[1:] == [f"measure {number} of 4: {place}" for number, place in enumerate(places, start=1)]
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoint ")]
+    assert shown == [f"checkpoint {number} of 4: {place}" for number, place in enumerate(places, start=1)]
     for run in found["runs"]:
         assert [point["step"] for point in run["points"]] == [0, 2, 4]
         assert set(run["points"][0]) >= {"target", "exact", "drift", "text", "probe", "answer"}
@@ -76,7 +76,7 @@ def test_configurations_runs_and_folders_become_one_report(
     assert again["runs"][2]["method"] == "merged"
     out = capsys.readouterr().out
     assert again["findings"][0] in out
-    assert f"measure 4 of 5: {places[3]}, done before\nmeasure 5 of 5: {folder}\n" in out
+    assert f"checkpoint 4 of 5: {places[3]}\nmeasured before\ncheckpoint 5 of 5: {folder}\n" in out
     assert f"* {again['findings'][0]}" in (bench.output / "compare.md").read_text()
 
 
