@@ -340,11 +340,9 @@ def _weights(path: Path, draws: int, seed: int) -> dict[str, Values]:
 
 def _seeds(counts: Mapping[str, int], draws: int, seed: int) -> dict[int, Values]:
     """Number of seeds -> [draws, seed draws, seeds] the weight of each in the mean."""
-    # Where nobody has several there is nothing to draw.
-    times = SEED_DRAWS if max(counts.values()) > 1 else 1
     found = {}
     for count in set(counts.values()):
-        distance = _drawn(count, draws * times, seed, "seeds").reshape(draws, times, count) - 1
+        distance = _drawn(count, draws * SEED_DRAWS, seed, "seeds").reshape(draws, SEED_DRAWS, count) - 1
         found[count] = (1 + seed_scale(count) * distance) / count
     return found
 
