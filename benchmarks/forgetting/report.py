@@ -69,15 +69,17 @@ def _page(folder: Path, by_setting: Lines, rates: Mapping[str, float], compared:
         "",
         f"**{verdicts.primary(compared, rates)}**",
         "",
+        "## All settings at once",
+        "",
+        *_overviews(compared, rates),
+        "",
+        "## How many comparisons",
+        "",
         *verdicts.secondary(compared),
         "",
         *how(folder),
         "",
         f"{done} of {plan.total()} runs are made.",
-        "",
-        "## All settings at once",
-        "",
-        *_overviews(compared, rates),
         "",
         "## Learning rates",
         "",
@@ -146,7 +148,10 @@ def _overviews(compared: Mapping[str, Compared], rates: Mapping[str, float]) -> 
         return ["Not measured yet."]
     return [
         f"Mean difference from {design.REFERENCE} at equal target quality, with its interval of 95 %, each method at "
-        f"its chosen learning rate. Below 0: it forgets less; **less** and **more** where the interval says so.",
+        f"its chosen learning rate. Below 0: it forgets less; **less** and **more** where the interval says so. *Sign "
+        f"changes*: at some level of quality it is the other way round. With one seed the interval is over rows alone, "
+        f"and another seed may say something else. The ranges of quality are not the same for all methods: where "
+        f"{design.REFERENCE} and the method both have been, as listed for each setting below.",
         "",
         *text[:-1],
     ]

@@ -295,8 +295,8 @@ def _why_not(method: str, mine: Curve, reference: str, theirs: Curve) -> str:
     begins = {name: float(begin(curve)[0, 0]) for name, curve in curves.items()}
     far, near = min(begins, key=lambda name: begins[name]), max(reached, key=lambda name: reached[name])
     return (
-        f"{far} is at {begins[far]:.3f} nats at the first checkpoint of a run, farther than what {near} reaches with "
-        f"every seed, {reached[near]:.3f}; checkpoints closer together at the beginning are needed (trainer.save_every)"
+        f"{far} is at {begins[far]:.4f} nats at the first checkpoint of a run, farther than what {near} reaches with "
+        f"every seed, {reached[near]:.4f}; checkpoints closer together at the beginning are needed (trainer.save_every)"
     )
 
 

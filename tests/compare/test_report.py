@@ -54,7 +54,7 @@ def test_a_sentence_for_each_comparison() -> None:
     assert turns.startswith("turns forgets more than sft by drift")
     assert "over rows and seeds: 1 of turns, 3 of sft); the sign changes along the way: -0.1250 [" in turns
     assert turns.endswith("] at 1.562.")
-    assert "no common range of target cross-entropy between trained checkpoints, for coarse is at 0.900 nats" in coarse
+    assert "no common range of target cross-entropy between trained checkpoints, for coarse is at 0.9000 nats" in coarse
     assert "for never never got below the base model's target cross-entropy" in never
     page = "\n".join(markdown(paths, matching))
     assert by_chance(2, 1) in page

@@ -77,7 +77,7 @@ def test_the_question_stands_first_and_the_others_are_counted(tmp_path: Path) ->
     forgets = {"mask": 0.8, "sft": 0.8, "eaft alpha=1": 0.2}
     lines = whole("bfcl", forgets) + whole("conflicts-30", forgets)
     page = report.page(made(tmp_path / "results", lines))
-    question = page[: page.index("## How")]
+    question = page[: page.index("## How\n")]
     assert "does `eaft alpha=1` forget less than `sft` in `conflicts-30`, by cross-entropy of the probe's" in question
     assert "**eaft alpha=1 forgets less than sft by cross-entropy of the probe's right answers" in question
     assert "over rows and 3 seeds).**" in question
@@ -87,7 +87,7 @@ def test_the_question_stands_first_and_the_others_are_counted(tmp_path: Path) ->
     assert "16 of them are of one seed" in question
     assert "say *forgets less*, 0 *forgets more*" in question
     # All settings at once, the measure of the question first.
-    tables = page[page.index("## All settings at once") : page.index("## Learning rates")]
+    tables = page[page.index("## All settings at once") : page.index("## How many")]
     assert tables.index("Cross-entropy of the probe's right answers, nats per question:") < tables.index("Drift, KL")
     head, _, *rows = tables[tables.index("| method |") :].split("\n\n")[0].splitlines()
     assert head == "| method | bfcl, 3 seeds | conflicts-30, 3 seeds |"
@@ -110,7 +110,7 @@ def test_the_question_stands_first_and_the_others_are_counted(tmp_path: Path) ->
     # Without a run of the tuning no learning rate is chosen, and nothing is said of the method.
     untuned = [each for each in missing if (each.method, each.learning_rate) != ("mask", 1e-5)]
     some = report.page(made(tmp_path / "untuned", untuned))
-    some = some[some.index("## All settings at once") : some.index("## Learning rates")]
+    some = some[some.index("## All settings at once") : some.index("## How many")]
     assert "| eaft alpha=1 |" in some
     assert "| mask |" not in some
 
