@@ -29,7 +29,7 @@ PRIMARY = ("conflicts-30", "eaft alpha=1", "answer")
 here, by this measure, at equal target quality. All other comparisons are secondary."""
 
 DRAWS = 5000
-"""Of the rows, each with 50 of the seeds."""
+"""Of the rows; of the seeds as ``nemo_eaft.compare.matching`` has them."""
 
 STEPS = 24
 CHECKPOINTS = (1, 2, 4, 6, 8, 12, 16, 24)

@@ -18,6 +18,8 @@ from nemo_eaft.compare.report import findings, levels_table
 
 README = "README.md"
 _PUSH = "push.png"
+_DIFFERENCE = f"Mean difference from {design.REFERENCE} at equal target quality, with its interval of 95 %"
+_SIGNS = "Below 0: it forgets less; **less** and **more** where the interval says so."
 Lines = Mapping[str, Sequence[Line]]
 """Setting -> its lines."""
 
@@ -129,10 +131,7 @@ def _setting(setting: str, lines: Sequence[Line], rates: Mapping[str, float], co
 
 def _mean(matching: Matching) -> str:
     counted = ", ".join(f"{method} {count}" for method, count in matching.seeds.items())
-    return (
-        f"Mean difference from {matching.reference} at equal target quality, with its interval of 95 %. Below 0: it "
-        f"forgets less; **less** and **more** where the interval says so. Seeds: {counted}."
-    )
+    return f"{_DIFFERENCE}. {_SIGNS} Seeds: {counted}."
 
 
 def _overviews(compared: Mapping[str, Compared], rates: Mapping[str, float]) -> list[str]:
@@ -147,9 +146,8 @@ def _overviews(compared: Mapping[str, Compared], rates: Mapping[str, float]) -> 
     if not text:
         return ["Not measured yet."]
     return [
-        f"Mean difference from {design.REFERENCE} at equal target quality, with its interval of 95 %, each method at "
-        f"its chosen learning rate. Below 0: it forgets less; **less** and **more** where the interval says so. *Sign "
-        f"changes*: at some level of quality it is the other way round. With one seed the interval is over rows alone, "
+        f"{_DIFFERENCE}, each method at its chosen learning rate. {_SIGNS} *Sign changes*: at some level of quality it "
+        f"is the other way round. With one seed the interval is over rows alone, "
         f"and another seed may say something else. The ranges of quality are not the same for all methods: where "
         f"{design.REFERENCE} and the method both have been, as listed for each setting below.",
         "",

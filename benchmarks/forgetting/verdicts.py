@@ -80,7 +80,7 @@ def primary(compared: Mapping[str, Compared], rates: Mapping[str, float]) -> str
     matching = compared[setting].chosen
     if matching is None or method not in matching.seeds:
         return "Not measured yet."
-    (each,) = (each for each in matching.matches if (each.method, each.measure) == (method, measure))
+    each = matching.of(method, measure)
     both = (method, design.REFERENCE)
     whole = all(name in rates and matching.seeds[name] == len(design.SEEDS[setting]) for name in both)
     return finding(each, matching) + ("" if whole else " (Not final: some of its runs are still to be made.)")
@@ -148,11 +148,10 @@ def learning_rates(lines: Sequence[Line]) -> list[str]:
 def table(matching: Matching) -> list[str]:
     """Verdicts of one matching, a method in each line."""
     methods = dict.fromkeys(each.method for each in matching.matches)
-    found = {(each.method, each.measure): each for each in matching.matches}
     heads = [MEASURES[name].title.replace("|", "\\|") for name in FORGETTING]
     text = [f"| method | range of target | {' | '.join(heads)} |", "| --- " * (len(FORGETTING) + 2) + "|"]
     for method in methods:
-        matches = [found[method, measure] for measure in FORGETTING]
+        matches = [matching.of(method, measure) for measure in FORGETTING]
         span = matches[0].span
         where = "none" if span is None else f"{span[1]:.3f} to {span[0]:.3f}"
         text.append(f"| {method} | {where} | {' | '.join(_cell(each) for each in matches)} |")
@@ -186,7 +185,7 @@ def _seeds(count: int) -> str:
 def _found(matching: Matching | None, setting: str, method: str, measure: str) -> str:
     if matching is None or method not in matching.seeds:
         return ""
-    (each,) = (each for each in matching.matches if (each.method, each.measure) == (method, measure))
+    each = matching.of(method, measure)
     seeds = min(matching.seeds[method], matching.seeds[design.REFERENCE])
     planned = seeds == len(design.SEEDS[setting])
     return (_cell(each) or "no common range") + ("" if planned else f" ({_seeds(seeds)} so far)")

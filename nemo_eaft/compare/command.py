@@ -92,9 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
             found = store.get(content)
             if found is not None:
                 print("measured before", flush=True)
-            if found is None and source.settings is None:
+            elif source.settings is None:
                 found = measured(checkpoint, content)
-            elif found is None:
+            else:
                 exported = arguments.output / "exported" / f"{content[:16]}"
                 if not (exported / "config.json").is_file():
                     code = _command("export", str(checkpoint), str(exported), "--backend", arguments.device)

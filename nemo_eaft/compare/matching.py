@@ -137,6 +137,11 @@ class Matching:
     """Method -> seeds for each of these."""
     draws: int
 
+    def of(self, method: str, measure: str) -> Match:
+        """The one comparison of a method, other than the reference, by a measure."""
+        (found,) = (each for each in self.matches if (each.method, each.measure) == (method, measure))
+        return found
+
 
 def match(paths: Sequence[Path], reference: str, draws: int = DRAWS, seed: int = 0) -> Matching:
     """Compare every method with ``reference``.
@@ -160,29 +165,33 @@ def match(paths: Sequence[Path], reference: str, draws: int = DRAWS, seed: int =
 
     # All measures at once, for they share the levels. A part of the draws at a time, so that memory is bounded.
     measures = [measure for measure in paths[0].points[0] if measure != QUALITY]
-    parts: dict[str, Sequence[float]] = {}
-    reasons: dict[str, str] = {}
-    found: dict[str, list[_Found]] = {method: [] for method in taking_part if measures and method != reference}
+    others = [method for method in taking_part if measures and method != reference]
+
+    def curves_of(draws_of: slice) -> dict[str, Curve]:
+        taken = {units: each[draws_of] for units, each in weights.items()}
+        return {method: _curve(measures, rates, taken) for method, rates in taking_part.items()}
+
+    # The first draw is what was measured.
+    measured = curves_of(slice(1))
+    ranges = {
+        method: [float(end[0, 0]) for end in common_range(measured[method], measured[reference])] for method in others
+    }
+    parts = {
+        method: PARTS if lowest < highest else PARTS[-1:]
+        for method, (lowest, highest) in ranges.items()
+        if not np.isnan(lowest)
+    }
+    found: dict[str, list[_Found]] = {method: [] for method in parts}
     for start in range(0, draws + 1, _AT_ONCE):
-        taken = {units: each[start : start + _AT_ONCE] for units, each in weights.items()}
-        curves = {method: _curve(measures, rates, taken) for method, rates in taking_part.items()}
-        theirs = curves[reference]
-        for method in found:
-            mine = curves[method]
-            if start == 0:
-                # The first draw is what was measured.
-                lowest, highest = (float(end[0, 0]) for end in common_range(mine, theirs))
-                parts[method] = PARTS if lowest < highest else PARTS[-1:]
-                if np.isnan(lowest):
-                    reasons[method] = _why_not(method, mine, reference, theirs)
-            if method not in reasons:
-                found[method].append(_at_levels(mine, theirs, parts[method]))
+        curves = curves_of(slice(start, start + _AT_ONCE))
+        for method, each in found.items():
+            each.append(_at_levels(curves[method], curves[reference], parts[method]))
     of_seeds = _seeds(counts, draws, seed)
     pairs = [
-        [Match(measure, method, (), None, None, reasons[method]) for measure in measures]
-        if method in reasons
-        else _matches(measures, method, parts[method], each, of_seeds[counts[method]], of_seeds[counts[reference]])
-        for method, each in found.items()
+        _matches(measures, method, parts[method], found[method], of_seeds[counts[method]], of_seeds[counts[reference]])
+        if method in found
+        else _no_range(measures, method, _why_not(method, measured[method], reference, measured[reference]))
+        for method in others
     ]
     return Matching(
         reference,
@@ -248,12 +257,11 @@ def _matches(
     )
     areas = Area(*(np.concatenate(each, axis=1) for each in zip(*(each.area for each in found), strict=True)))
 
-    def at(place: int, number: int) -> Interval:
-        return _interval(
-            values.value[place, 0, number] - others.value[place, 0, number],
-            _drawn_means(values.seeds[place, 1:, number], mine) - _drawn_means(others.seeds[place, 1:, number], theirs),
-            (values.margin + others.margin)[place, 1:, number],
-        )
+    differences, margins = values.value - others.value, values.margin + others.margin
+
+    def interval(difference: Values, first: Values, second: Values, margin: Values) -> Interval:
+        drawn = _drawn_means(first[1:], mine) - _drawn_means(second[1:], theirs)
+        return _interval(difference[0], drawn, margin[1:])
 
     return [
         Match(
@@ -265,19 +273,24 @@ def _matches(
                     float(levels[0, 0, number]),
                     float(values.value[place, 0, number]),
                     float(others.value[place, 0, number]),
-                    at(place, number),
+                    interval(
+                        differences[place, :, number],
+                        values.seeds[place, :, number],
+                        others.seeds[place, :, number],
+                        margins[place, :, number],
+                    ),
                 )
                 for number, part in enumerate(parts)
             ),
-            _interval(
-                areas.value[place, 0],
-                _drawn_means(areas.first[place, 1:], mine) - _drawn_means(areas.second[place, 1:], theirs),
-                areas.margin[place, 1:],
-            ),
+            interval(areas.value[place], areas.first[place], areas.second[place], areas.margin[place]),
             (float(levels[0, 0].min()), float(levels[0, 0].max())),
         )
         for place, measure in enumerate(measures)
     ]
+
+
+def _no_range(measures: Sequence[str], method: str, reason: str) -> list[Match]:
+    return [Match(measure, method, (), None, None, reason) for measure in measures]
 
 
 def _drawn_means(seeds: Values, weights: Values) -> Values:
