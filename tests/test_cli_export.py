@@ -9,7 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,13 @@ def test_export_of_nothing(
 # Starts the conversion as run_in_own_process does, with one that takes long in place of NeMo's, and a disk that takes
 # two seconds to remove anything. Megatron writes with processes that are forked.
 STARTER = """
-    import sys
+    import signal, sys
     from nemo_eaft.convert import run_to_its_end
+
+    # However these tests were started: a shell without job control has SIGINT ignored in what it starts with `&`, nohup
+    # SIGHUP, and both are inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, getattr(signal, sys.argv.pop(1)))
 
     print(run_to_its_end([sys.executable, "-c", *sys.argv[1:]]))
 """
@@ -142,6 +148,26 @@ CONVERSION = """
 """
 
 
+@contextmanager
+def conversion(folder: Path, hang_up: str = "SIG_DFL") -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """One that writes into `folder`: who started it, and the numbers of the conversion and of its writer."""
+    pids = folder.parent / "pids"
+    folder.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    starter_code, conversion_code = map(textwrap.dedent, (STARTER, CONVERSION))
+    words = [sys.executable, "-c", starter_code, hang_up, conversion_code, str(folder / "out"), str(pids)]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as starter:
+        found: list[int] = []
+        try:
+            wait_for(lambda: pids.is_file() and len(pids.read_text().split()) == 2)
+            found = [int(pid) for pid in pids.read_text().split()]
+            wait_for(lambda: any(folder.glob(".out.*/part*")))
+            yield starter, found
+        finally:
+            for pid in filter(alive, [*found, starter.pid]):
+                os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     "number, to_all",
     [
@@ -158,27 +184,29 @@ def test_a_conversion_ends_with_who_started_it_and_leaves_nothing(
 ) -> None:
     """It would hold memory and the disk for minutes. `to_all`: to both, as from a terminal or a batch system; the
     conversion then gets another SIGTERM while it cleans up, for its parent is gone."""
-    folder, pids = tmp_path / "to", tmp_path / "pids"
-    folder.mkdir()
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    words = [sys.executable, "-c", *map(textwrap.dedent, (STARTER, CONVERSION)), str(folder / "out"), str(pids)]
-    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as starter:
-        found: list[int] = []
-        try:
-            wait_for(lambda: pids.is_file() and len(pids.read_text().split()) == 2)
-            found = [int(pid) for pid in pids.read_text().split()]
-            wait_for(lambda: any(folder.glob(".out.*/part*")))
-            (os.killpg if to_all else os.kill)(starter.pid, number)
-            if number is signal.SIGINT:
-                # What is told of Ctrl-C waits until all is gone.
-                assert starter.wait(60) in (-number, 1)
-                assert not any(map(alive, found))
-            wait_for(lambda: not any(map(alive, found)))
-            assert not any(folder.iterdir())
-            assert starter.wait(60) in (-number, 1), "it did not go on"
-        finally:
-            for pid in filter(alive, [*found, starter.pid]):
-                os.kill(pid, signal.SIGKILL)
+    folder = tmp_path / "to"
+    with conversion(folder) as (starter, found):
+        (os.killpg if to_all else os.kill)(starter.pid, number)
+        if number is signal.SIGINT:
+            # What is told of Ctrl-C waits until all is gone.
+            assert starter.wait(60) in (-number, 1)
+            assert not any(map(alive, found))
+        wait_for(lambda: not any(map(alive, found)))
+        assert not any(folder.iterdir())
+        assert starter.wait(60) in (-number, 1), "it did not go on"
+
+
+def test_a_conversion_under_nohup_outlives_a_hang_up(tmp_path: Path) -> None:
+    folder = tmp_path / "to"
+    with conversion(folder, hang_up="SIG_IGN") as (starter, found):
+        os.killpg(starter.pid, signal.SIGHUP)
+        before = len(list(folder.glob(".out.*/part*")))
+        time.sleep(4)  # its end would take two
+        assert all(map(alive, [starter.pid, *found]))
+        wait_for(lambda: len(list(folder.glob(".out.*/part*"))) > before + 10)
+        os.killpg(starter.pid, signal.SIGTERM)
+        wait_for(lambda: not any(map(alive, found)))
+        assert not any(folder.iterdir())
 
 
 def wait_for(done: Callable[[], bool]) -> None:
