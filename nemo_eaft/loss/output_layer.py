@@ -145,6 +145,7 @@ def _add_gradients(
             if total is not None:
                 add_product(total, piece.t(), tokens[some], fresh=fresh)
                 fresh = False
+            del piece  # before the next one is made
         if grad_weight is not None and total is not None:
             grad_weight.end(columns, total)
 

@@ -50,6 +50,7 @@ class LinearLossOnce(torch.autograd.Function):
                 add_product(grad_tokens[rows], logits[:, :real], weight[:real], fresh=True)
             if grad_weight is not None:
                 add_product(grad_weight[:real], logits[:, :real].t(), counted[rows], fresh=False)
+            del logits  # before the next ones are made
         ctx.save_for_backward(weight, target, grad_tokens, grad_weight)
         ctx.job, ctx.shape, ctx.dtype = job, hidden.shape, hidden.dtype
         ctx.set_materialize_grads(False)
