@@ -17,12 +17,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import multiprocessing
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +26,7 @@ from typing import Any
 
 from nemo_eaft.atomic import complete_folder
 from nemo_eaft.integrity import write_sums
-from nemo_eaft.orphans import end_with_parent
+from nemo_eaft.own_process import end_cleanly_with, run_to_its_end
 from nemo_eaft.writer import end_writer_with_rank
 
 # Hugging Face `model_type` -> NeMo model: of NeMo 2.7.3, or ours where it has none.
@@ -48,13 +44,6 @@ HF_FILES = "hf"
 
 MANIFEST = "nemo_eaft.json"
 """File inside an imported checkpoint that says what it was made from; its presence means that it is complete."""
-
-_PATIENCE = 60.0  # seconds for a conversion to remove what it has written
-
-_JOB_VARIABLES = (
-    "GROUP_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "RANK", "ROLE_", "SLURM_", "TORCHELASTIC_", "WORLD_SIZE",
-)  # fmt: skip
-"""Variables, or the beginnings of their names, by which Lightning would take a process for one rank of a job."""
 
 
 def nemo_model_class(model_type: str) -> type:
@@ -275,11 +264,6 @@ def convert_to_hf(checkpoint: Path, output: Path, hf_files: Path) -> Path:
     return output
 
 
-def environment_outside_a_job() -> dict[str, str]:
-    """The environment for a process of its own, whatever job it is started from."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(_JOB_VARIABLES)}
-
-
 def run_in_own_process(arguments: list[str], backend: str | None = None) -> None:
     """Run `python -m nemo_eaft.convert` with `arguments` and wait. It ends when this process does, however that
     happens, and then leaves no half-written folder.
@@ -312,47 +296,6 @@ def run_in_own_process(arguments: list[str], backend: str | None = None) -> None
         raise RuntimeError(f"conversion failed (exit code {code}):\n{said[-4000:]}")
 
 
-def run_to_its_end(command: list[str]) -> tuple[int, str]:
-    """Exit code and standard error of a process. `subprocess.run` would kill it a quarter of a second after Ctrl-C,
-    before it has removed what it was writing."""
-    with subprocess.Popen(command, env=environment_outside_a_job(), stderr=subprocess.PIPE, text=True) as child:
-        try:
-            said = child.communicate()[1]
-        except BaseException:
-            child.terminate()
-            child.wait()  # leaving the block would wait a quarter of a second after Ctrl-C
-            raise
-    return child.returncode, said
-
-
-def _end_cleanly(parent: int) -> None:
-    """Let this conversion remove its half-written folder when it is asked to end, or `parent` is gone."""
-
-    def leave(number: int, _: object) -> None:
-        # The parent's signal and the one for its end may both come: the second must not break into the removal.
-        for each in ends:
-            signal.signal(each, signal.SIG_IGN)
-        # Megatron's writers would go on writing into the folder, and be waited for.
-        for child in multiprocessing.active_children():
-            child.kill()
-        sys.exit(128 + number)
-
-    # Where nohup has a hang-up ignored, it stays so.
-    ends = [
-        each for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN
-    ]
-    for each in ends:
-        signal.signal(each, leave)
-    end_with_parent(parent, _terminate)
-
-
-def _terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-    # The exception may be lost where somebody catches everything.
-    time.sleep(_PATIENCE)
-    os._exit(128 + signal.SIGTERM)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the conversion process: `to-nemo SOURCE OUTPUT` or `to-hf CHECKPOINT OUTPUT HF_FILES`."""
     parser = argparse.ArgumentParser(prog="nemo_eaft.convert")
@@ -370,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     to_hf.add_argument("hf_files", type=Path)
     arguments = parser.parse_args(argv)
     if arguments.parent is not None:
-        _end_cleanly(arguments.parent)
+        end_cleanly_with(arguments.parent)
     if arguments.backend == "cpu":
         import nemo_eaft.cpu
 

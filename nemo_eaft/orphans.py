@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
+
+from nemo_eaft.threads import start_in_background
 
 AGENT = "NEMO_EAFT_AGENT"
 """Environment variable: the process that started this rank, a `nemo_eaft.agent`."""
@@ -16,7 +17,7 @@ def end_with_parent(parent: int, end: Callable[[], object]) -> None:
 
     The number is given, not asked for: the parent may be gone before the first instruction of this process.
     """
-    threading.Thread(target=_watch, args=(parent, end), daemon=True).start()
+    start_in_background(_watch, parent, end)
 
 
 def end_with_agent() -> None:

@@ -26,6 +26,7 @@ from typing import TextIO
 
 from nemo_eaft import stall
 from nemo_eaft.launch import leave_error
+from nemo_eaft.threads import start_in_background
 
 _NOTICED = "noticed"
 """File in `stall/`: some rank made no progress for `stall_seconds`, and all of the job that it names are to answer."""
@@ -108,8 +109,7 @@ class Watchdog:
             self._leave_way_to_dump()
         except OSError as error:
             self._say_once(error)
-        self._thread = threading.Thread(target=self._watch, name="nemo-eaft-watchdog", daemon=True)
-        self._thread.start()
+        self._thread = start_in_background(self._watch, name="nemo-eaft-watchdog")
 
     def stop(self) -> None:
         """Watch no longer, and leave nothing in the folder.

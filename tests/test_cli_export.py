@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from nemo_eaft.compose import compose
 from nemo_eaft.convert import MANIFEST
 from nemo_eaft.hf_model import imported_folder
 from tests.commands import home, make_checkpoint, run, started  # noqa: F401, fixtures
-from tests.harness import alive
+from tests.harness import alive, wait_for
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_export_of_nothing(
 # two seconds to remove anything. Megatron writes with processes that are forked.
 STARTER = """
     import signal, sys
-    from nemo_eaft.convert import run_to_its_end
+    from nemo_eaft.own_process import run_to_its_end
 
     # However these tests were started: a shell without job control has SIGINT ignored in what it starts with `&`, nohup
     # SIGHUP, and both are inherited.
@@ -207,10 +207,3 @@ def test_a_conversion_under_nohup_outlives_a_hang_up(tmp_path: Path) -> None:
         os.killpg(starter.pid, signal.SIGTERM)
         wait_for(lambda: not any(map(alive, found)))
         assert not any(folder.iterdir())
-
-
-def wait_for(done: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.05)

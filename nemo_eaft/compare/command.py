@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import warnings
@@ -103,6 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
                 found = measured(exported, content)
                 if not arguments.keep_exports:
                     shutil.rmtree(exported)
+                    with contextlib.suppress(OSError):  # others are kept there
+                        exported.parent.rmdir()
             steps.append(steps_done(checkpoint) if source.settings is not None else 1)
             points.append(found)
         paths.append(_path(source, method, steps, points))

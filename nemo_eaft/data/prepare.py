@@ -182,7 +182,7 @@ def _sources(settings: Settings) -> dict[str, Source]:
 def _warn_of_sources(sources: dict[str, Source], identities: dict[str, Any]) -> None:
     for source in sources.values():
         for setting in source.ignored():
-            _log.warning("%s has no effect: %s=%s is a file, which is read whole", setting, source.key, source.name)
+            _log.warning("%s has no effect: %s=%s is a file, which has no parts", setting, source.key, source.name)
     if identities["train"] == identities.get("validation"):
         _log.warning("data.validation is data.train: what is measured there was trained on")
 

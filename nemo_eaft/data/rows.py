@@ -75,7 +75,7 @@ class Source:
             raise ValueError(f"{self.key}={self.name}: no such file or folder")
 
     def ignored(self) -> list[str]:
-        """Settings without effect: a file is read whole and has no configurations."""
+        """Settings without effect: a file has no splits and no configurations."""
         if not self.is_file:
             return []
         part = [f"{self.key}_split={self.split}"] if "[" in self.split else []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_eaft.convert import environment_outside_a_job
+from nemo_eaft.own_process import run_to_its_end
 from nemo_eaft.plan.rehearsal.checks import check
 from nemo_eaft.plan.rehearsal.records import Built
 from nemo_eaft.plan.rehearsal.report import Rehearsal
@@ -72,12 +72,11 @@ def _in_own_process(settings: Settings, hf_config: Mapping[str, Any], fused_line
         request, result = Path(name, "request.json"), Path(name, "result.json")
         asked = {"settings": asdict(settings), "hf_config": dict(hf_config), "fused_linear": fused_linear}
         request.write_text(json.dumps(asked))
+        command = [sys.executable, "-m", _WORKER, str(os.getpid()), str(request), str(result)]
         # Nothing is computed; a GPU that is there would be taken for the place to build.
-        environment = environment_outside_a_job() | {"CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", _WORKER, str(request), str(result)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode == 2:
+        code, said = run_to_its_end(command, {"CUDA_VISIBLE_DEVICES": ""}, silent=True)
+        if code == 2:
             raise ValueError(json.loads(result.read_text())["refused"])
-        if done.returncode:
-            raise RuntimeError(f"the rehearsal failed (exit code {done.returncode}):\n{done.stderr[-4000:]}")
+        if code:
+            raise RuntimeError(f"the rehearsal failed (exit code {code}):\n{said[-4000:]}")
         return Built.from_mapping(json.loads(result.read_text()))

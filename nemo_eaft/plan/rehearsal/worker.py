@@ -1,7 +1,8 @@
-"""The process that builds: `python -m nemo_eaft.plan.rehearsal.worker REQUEST RESULT`.
+"""The process that builds: `python -m nemo_eaft.plan.rehearsal.worker PARENT REQUEST RESULT`.
 
-One of its own, because Megatron's process groups are global, and because the CPU backend must be on before NeMo is
-imported. It builds one rank after the other.
+PARENT is the number of the process that started it, with which it ends. A process of its own, because Megatron's
+process groups are global, and because the CPU backend must be on before NeMo is imported. It builds one rank after the
+other.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_eaft.own_process import end_cleanly_with
 from nemo_eaft.plan.layout import Layout
 from nemo_eaft.plan.rehearsal.records import Built
 from nemo_eaft.settings import (
@@ -79,7 +81,8 @@ def main(argv: list[str]) -> int:
     import nemo_eaft.cpu
     from nemo_eaft.launch import is_users
 
-    request, result = map(Path, argv)
+    end_cleanly_with(int(argv[0]))
+    request, result = map(Path, argv[1:])
     asked = json.loads(request.read_text())
     nemo_eaft.cpu.enable()
     try:

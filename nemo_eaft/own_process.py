@@ -1,0 +1,86 @@
+"""A process of its own for work that sets up what may not stay: waited for, and ended with who started it.
+
+Asked to end, or left alone, it removes what it was writing before it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+from nemo_eaft.orphans import end_with_parent
+
+_PATIENCE = 60.0  # seconds for a process to remove what it has written
+
+_AGAIN = 1.0  # seconds until a process that has not ended is asked once more
+
+_JOB_VARIABLES = (
+    "GROUP_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "RANK", "ROLE_", "SLURM_", "TORCHELASTIC_", "WORLD_SIZE",
+)  # fmt: skip
+"""Variables, or the beginnings of their names, by which Lightning would take a process for one rank of a job."""
+
+
+def environment_outside_a_job() -> dict[str, str]:
+    """The environment for a process of its own, whatever job it is started from."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_JOB_VARIABLES)}
+
+
+def run_to_its_end(
+    command: list[str], changed: Mapping[str, str] | None = None, *, silent: bool = False
+) -> tuple[int, str]:
+    """Exit code and standard error of a process outside any job. `subprocess.run` would kill it a quarter of a second
+    after Ctrl-C, before it has removed what it was writing.
+
+    changed: variables of its environment that are not ours.
+    silent: what it prints is dropped; otherwise it goes where ours goes.
+    """
+    environment = environment_outside_a_job() | dict(changed or {})
+    out = subprocess.DEVNULL if silent else None
+    with subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            said = child.communicate()[1]
+        except BaseException:
+            # Again and again: of two signals at once, Ctrl-C and this one, a thread of some library may be given both,
+            # which wakes no main thread that waits (nemo_eaft.threads).
+            while child.poll() is None:
+                child.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(_AGAIN)
+            raise
+    return child.returncode, said
+
+
+def end_cleanly_with(parent: int) -> None:
+    """In such a process: leave by an exception when it is asked to end, or when `parent`, which started it, is gone."""
+
+    def leave(number: int, _: object) -> None:
+        # The parent's signal and the one for its end may both come: the second must not break into the removal.
+        for each in ends:
+            signal.signal(each, signal.SIG_IGN)
+        # Megatron's writers would go on writing into the folder, and be waited for.
+        for child in multiprocessing.active_children():
+            child.kill()
+        sys.exit(128 + number)
+
+    # Where nohup has a hang-up ignored, or a shell Ctrl-C for what it started with `&`, it stays so.
+    ends = [
+        each for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN
+    ]
+    for each in ends:
+        signal.signal(each, leave)
+    end_with_parent(parent, _terminate)
+
+
+def _terminate() -> None:
+    end = time.monotonic() + _PATIENCE
+    # The exception may be lost where somebody catches everything.
+    while time.monotonic() < end:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_AGAIN)
+    os._exit(128 + signal.SIGTERM)
