@@ -4,6 +4,7 @@ check that is its own."""
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from nemo_eaft.plan.rehearsal.checks import check, memory_by_stage
 from nemo_eaft.plan.rehearsal.records import Built
 from nemo_eaft.plan.shape import ModelShape, find_config
 from nemo_eaft.settings import Settings
+from tests.harness import alive, wait_for
 from tests.plan import rehearsal_cases as cases
 from tests.plan.rehearsal_variants import VARIANTS
 
@@ -197,3 +199,33 @@ def test_how_the_process_that_builds_ends(
     monkeypatch.setattr(rehearsal, "_WORKER", "stand_in")
     with pytest.raises(error, match=message):
         rehearse(cases.settings_of("Qwen/Qwen3-0.6B", 1), fused_linear=False)
+
+
+@pytest.mark.parametrize("number, to_all", [(signal.SIGKILL, False), (signal.SIGINT, True)], ids=["killed", "ctrl-c"])
+def test_the_building_process_ends_with_the_plan(tmp_path: Path, number: signal.Signals, to_all: bool) -> None:
+    """It would go on building for minutes, and nobody would know whose it is."""
+    # A shell has SIGINT ignored in what it starts with `&`, which would be inherited.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from nemo_eaft.cli import main; sys.exit(main())"
+    )
+    words = [sys.executable, "-c", code, "plan", "qwen3-0.6b", "--rehearse"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True) as plan:
+        building: list[int] = []
+        try:
+            # The worker's folder, which it makes when it has imported NeMo.
+            wait_for(lambda: plan.poll() is not None or any(tmp_path.glob("tmp*/config.json")))
+            assert plan.poll() is None
+            children = Path(f"/proc/{plan.pid}/task/{plan.pid}/children").read_text().split()
+            building = [int(pid) for pid in children]
+            assert building
+            (os.killpg if to_all else os.kill)(plan.pid, number)
+            wait_for(lambda: not any(map(alive, building)))
+            assert plan.wait(60) != 0
+            assert not any(tmp_path.glob("tmp*/config.json"))
+            # What was asked is the plan's, which cannot remove it when it is killed.
+            assert any(tmp_path.glob("tmp*/request.json")) == (number is signal.SIGKILL)
+        finally:
+            for pid in filter(alive, [*building, plan.pid]):
+                os.kill(pid, signal.SIGKILL)
