@@ -207,6 +207,7 @@ def test_the_building_process_ends_with_the_plan(tmp_path: Path, number: signal.
     # A shell has SIGINT ignored in what it starts with `&`, which would be inherited.
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from nemo_eaft.plan import rehearsal; rehearsal._WORKER = 'tests.plan.endless_worker'; "
         "from nemo_eaft.cli import main; sys.exit(main())"
     )
     words = [sys.executable, "-c", code, "plan", "qwen3-0.6b", "--rehearse"]
