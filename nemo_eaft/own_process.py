@@ -1,6 +1,6 @@
 """A process of its own for work that sets up what may not stay: waited for, and ended with who started it.
 
-Asked to end, or left alone, it removes what it was writing before it goes.
+Asked to end, or left alone, it removes what it was writing before it goes; it has a minute for that.
 """
 
 from __future__ import annotations
@@ -46,14 +46,20 @@ def run_to_its_end(
         try:
             said = child.communicate()[1]
         except BaseException:
-            # Again and again: of two signals at once, Ctrl-C and this one, a thread of some library may be given both,
-            # which wakes no main thread that waits (nemo_eaft.threads).
-            while child.poll() is None:
-                child.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(_AGAIN)
+            _end(child)
             raise
     return child.returncode, said
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Ask it to end, and wait; after `_PATIENCE` it is killed."""
+    last = time.monotonic() + _PATIENCE
+    while child.poll() is None:
+        # Again and again: of two signals at once, Ctrl-C and this one, a thread of some library may be given both,
+        # which wakes no main thread that waits (nemo_eaft.threads).
+        child.terminate() if time.monotonic() < last else child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.communicate(timeout=_AGAIN)  # what it says while it ends has to go somewhere
 
 
 def end_cleanly_with(parent: int) -> None:
@@ -78,9 +84,9 @@ def end_cleanly_with(parent: int) -> None:
 
 
 def _terminate() -> None:
-    end = time.monotonic() + _PATIENCE
-    # The exception may be lost where somebody catches everything.
-    while time.monotonic() < end:
-        os.kill(os.getpid(), signal.SIGTERM)
+    last = time.monotonic() + _PATIENCE
+    while time.monotonic() < last:
+        os.kill(os.getpid(), signal.SIGTERM)  # again and again, as in `_end`
         time.sleep(_AGAIN)
+    # The exception was lost, where somebody catches everything, or the removal takes too long.
     os._exit(128 + signal.SIGTERM)

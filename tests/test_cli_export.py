@@ -20,7 +20,7 @@ from nemo_eaft.compose import compose
 from nemo_eaft.convert import MANIFEST
 from nemo_eaft.hf_model import imported_folder
 from tests.commands import home, make_checkpoint, run, started  # noqa: F401, fixtures
-from tests.harness import alive, wait_for
+from tests.harness import alive, kill, wait_for
 
 
 @pytest.fixture
@@ -164,8 +164,7 @@ def conversion(folder: Path, hang_up: str = "SIG_DFL") -> Iterator[tuple[subproc
             wait_for(lambda: any(folder.glob(".out.*/part*")))
             yield starter, found
         finally:
-            for pid in filter(alive, [*found, starter.pid]):
-                os.kill(pid, signal.SIGKILL)
+            kill([*found, starter.pid])
 
 
 @pytest.mark.parametrize(

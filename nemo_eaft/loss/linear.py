@@ -39,7 +39,8 @@ def eaft_linear_loss(
     Memory beyond inputs and gradients: one piece of logits (at most 40 MiB in float32 on a CPU, 128 MiB on a GPU)
     and a few numbers per token; in backward also ``hidden``'s gradient in float32 where its dtype is narrower, and a
     copy of ``hidden`` where tokens are ignored. On a CPU besides: scratch of 5 MiB, or of one row a thread where that
-    is more; for bfloat16 and float16 also float32 copies of ``hidden`` and of a tile of the weight.
+    is more, and then 8 MiB for a product in float32; for bfloat16 and float16 also float32 copies of ``hidden`` and of
+    a tile of the weight.
 
     Args:
         hidden: [..., D] float, the same on every rank. Under ``sequence_parallel`` the equal part of

@@ -5,12 +5,16 @@ from torch import Tensor
 
 # Bytes of logits in a piece, those of float32 copies included. On a CPU the whole of forward and backward stays
 # below 64 MiB beside inputs and gradients; forward has room for more, and a product of few rows by the whole weight
-# is slow (measured at 49152 x 576 on two cores: 122 rows at a time take 1.4 times as long as all, 256 rows 1.1).
+# is slow (measured at 49152 x 576 on two cores with MKL: 122 rows at a time take 1.4 times as long as all, 256 rows
+# 1.1).
 # A GPU needs pieces that fill it: 128 MiB of bfloat16 are 8192 tokens by 8192 columns; with the float32 gradient of
 # 8192 hidden states of 5120 that is below 400 MB (counted, not measured).
 _CPU_PIECE_BYTES = 24 << 20
 _CPU_CHUNK_BYTES = 40 << 20
 _DEVICE_PIECE_BYTES = 128 << 20
+_ONEDNN_BYTES = 8 << 20
+"""Of a product in float32 by oneDNN and of the rows that make it. Of 4 to 1024 MiB none was faster by more than a third
+at nine shapes, and 1024 took twice the time for 213 tokens' part of a gradient of 49152 x 576 (two cores)."""
 _LEAST_ROWS = 16
 _LEAST_COLUMNS = 512
 _COLUMN_UNIT = 128
@@ -44,7 +48,7 @@ def piece_buffer(elements: int, like: Tensor) -> Tensor:
 
 
 def product_in(buffer: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, written to the beginning of a ``piece_buffer``."""
+    """``a @ b``, at the beginning of a ``piece_buffer``, or in memory of its own where that is empty."""
     if _by_onednn(a):
         return _onednn_product(a, b)
     out = buffer[: a.shape[0] * b.shape[1]].view(a.shape[0], b.shape[1])
@@ -54,7 +58,7 @@ def product_in(buffer: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
     """``total += a @ b``, or ``total = a @ b`` where ``fresh``; summed at least in float32 and rounded once.
 
-    On a GPU no temporary of ``total``'s size for float32. On a CPU bfloat16 and float16 are multiplied as float32 where
+    No temporary of ``total``'s size for float32. On a CPU bfloat16 and float16 are multiplied as float32 where
     ``total`` is wider, because PyTorch has no product there whose result is wider than its factors.
 
     Args:
@@ -65,14 +69,29 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool) -> None:
     """
     beta = 0.0 if fresh else 1.0
     wide = wide_dtype(a.dtype)
-    if total.dtype == a.dtype and _sums_wide(a) and not _by_onednn(a):
+    if total.dtype == wide and _by_onednn(total):
+        _add_by_onednn(total, a, b.to(wide), fresh)
+    elif total.dtype == a.dtype and _sums_wide(a):
         total.addmm_(a, b, beta=beta)
-    elif total.dtype == wide and a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # since torch 2.8
-        torch.ops.aten.addmm.dtype_out(total, a, b, wide, beta=beta, alpha=1, out=total)
+    elif total.dtype == wide:
+        if a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # since torch 2.8
+            torch.ops.aten.addmm.dtype_out(total, a, b, wide, beta=beta, alpha=1, out=total)
+        else:
+            total.addmm_(a.to(wide), b.to(wide), beta=beta)
     else:
-        a, b = a.to(wide), b.to(wide)
-        product = _onednn_product(a, b) if _by_onednn(a) else a @ b
+        product = a.to(wide) @ b.to(wide)
         total.copy_(product if fresh else product.add_(total))
+
+
+def _add_by_onednn(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """:func:`add_product` some rows at a time: oneDNN adds nothing, and copies what is not contiguous."""
+    step = max(_ONEDNN_BYTES // (total.element_size() * max(sum(b.shape), 1)), 1)
+    for rows in _ranges(len(total), step):
+        product = _onednn_product(a[rows].to(b.dtype), b)
+        if fresh:
+            total[rows] = product
+        else:
+            total[rows].add_(product)
 
 
 def _sums_wide(factor: Tensor) -> bool:
@@ -80,25 +99,20 @@ def _sums_wide(factor: Tensor) -> bool:
     if factor.is_cuda or factor.dtype == wide_dtype(factor.dtype):
         return True
     # oneDNN's, on processors that have it. PyTorch's own product of float16 is 30 times slower than that of float32.
-    return (
-        factor.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return factor.dtype == torch.bfloat16 and _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _by_onednn(factor: Tensor) -> bool:
-    """Whether products of this dtype on this device are oneDNN's instead of MKL's, which PyTorch takes for float32.
+def _by_onednn(like: Tensor) -> bool:
+    """Whether products of this dtype on this device are oneDNN's, instead of the MKL's that PyTorch takes for float32.
 
-    On AMD's processors MKL's takes twice the time of oneDNN's (measured on an EPYC with AVX-512, torch 2.13, 1024 x
-    576 by 6144: 38 ms against 17).
+    On an AMD EPYC with AVX-512 MKL's took twice the time (torch 2.13, two cores, 1024 x 576 by 576 x 6144: 38 ms
+    against 17). Not measured on other processors.
     """
-    return (
-        factor.dtype == torch.float32
-        and factor.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    return like.dtype == torch.float32 and like.device.type == "cpu" and _has_onednn()
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _onednn_product(a: Tensor, b: Tensor) -> Tensor:

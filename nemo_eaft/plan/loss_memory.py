@@ -22,6 +22,8 @@ _FLOAT32 = 4
 # path (loss/rows.py).
 _PIECE = {"transformer_engine": 128 << 20, "local": 40 << 20}
 _SCRATCH = {"transformer_engine": 0, "local": 5 << 20}
+# Of a product on a CPU in float32 and of the rows that make it (loss/products.py).
+_PRODUCT = 8 << 20
 
 
 def loss_path(settings: Settings, fused_linear: bool) -> LossPath:
@@ -55,9 +57,9 @@ def loss_bytes(shape: ModelShape, layout: Layout, batch: MicroBatch, path: LossP
     wide_hidden = tokens * shape.hidden_size * _FLOAT32
     narrow = item < _FLOAT32
     at_once = piece + scratch
-    if narrow and on_cpu:
-        # PyTorch's products on a CPU widen their factors: the weight and the piece.
-        at_once = piece + max(scratch, weight * 2 + piece * 2)
+    if on_cpu:
+        # Narrow factors are widened: the weight as a whole, the piece some rows at a time.
+        at_once = piece + max(scratch, _PRODUCT + (weight * 2 if narrow else 0))
     if layout.tensor == 1 and layout.virtual_pipeline == 1:
         # Both gradients are made in forward, in float32.
         made = wide_hidden + columns * shape.hidden_size * _FLOAT32

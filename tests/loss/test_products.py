@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_eaft.loss import products
 
@@ -73,18 +76,65 @@ def test_a_piece_is_the_product(
     assert buffer.numel() == 0 or piece.numel() == 0 or piece.data_ptr() == buffer.data_ptr()
 
 
-def test_float32_on_a_cpu_is_onednns_where_there_is_one(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+class _Calls(TorchDispatchMode):
+    """Names of what was computed, and the largest result in bytes that is no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.names.append(function._schema.name)
+        if isinstance(result, Tensor) and not function.is_view and function._schema.name[-1] != "_":
+            self.largest = max(self.largest, result.numel() * result.element_size())
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_float32_on_a_cpu_is_onednns_where_there_is_one(by_onednn: bool) -> None:
     """PyTorch's own, MKL's, takes twice as long on some processors."""
-    calls: list[torch.dtype] = []
-    original = products._onednn_product
-
-    def counted(a: Tensor, b: Tensor) -> Tensor:
-        calls.append(a.dtype)
-        return original(a, b)
-
-    monkeypatch.setattr(products, "_onednn_product", counted)
     for dtype in FACTORS:
         a, b = factors((5, 6, 7), dtype, False)
-        products.add_product(torch.zeros(5, 7, dtype=products.wide_dtype(dtype)), a, b, fresh=False)
-    # float64 has none; bfloat16 and float16 are multiplied as float32.
-    assert calls == [torch.float32] * 3 * by_onednn
+        with _Calls() as added:
+            products.add_product(torch.zeros(5, 7, dtype=products.wide_dtype(dtype)), a, b, fresh=False)
+        # float64 has none; bfloat16 and float16 are multiplied as float32.
+        assert ("mkldnn::_linear_pointwise" in added.names) == (by_onednn and dtype != torch.float64)
+        with _Calls() as written:
+            products.product_in(products.piece_buffer(35, a), a, b)
+        assert ("mkldnn::_linear_pointwise" in written.names) == (by_onednn and dtype == torch.float32)
+    a, b = factors((5, 6, 7), torch.float32, False)
+    with torch.backends.mkldnn.flags(enabled=False), _Calls() as switched_off:
+        products.add_product(torch.zeros(5, 7), a, b, fresh=False)
+    assert "mkldnn::_linear_pointwise" not in switched_off.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 512, 1024), (4096, 2048, 64)], ids=str)
+def test_nothing_of_the_size_of_the_sum_is_made(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """16 MiB, or 32 MiB of a factor in float32."""
+    if not products._by_onednn(torch.empty(1)):
+        pytest.skip("this PyTorch has no oneDNN")
+    a, b = factors(shape, dtype, True)
+    total = torch.zeros(shape[0], shape[2])
+    with _Calls() as calls:
+        products.add_product(total, a, b, fresh=True)
+    widened = b.numel() * 4 if dtype != torch.float32 else 0
+    assert 0 < calls.largest <= max(8 * 2**20, widened)
+    assert close(total, a, b, a.double() @ b.double())
+
+
+def test_factors_are_parts_of_what_is_there(by_onednn: bool) -> None:
+    """Real columns of the logits, rows of the weight, one hidden state for all."""
+    torch.manual_seed(5)
+    logits, weight = torch.randn(9, 40), torch.randn(40, 6)
+    hidden = torch.randn(1, 6).expand(9, 6)
+    real = 33
+    total = torch.zeros(9, 6)
+    products.add_product(total, logits[:, :real], weight[:real], fresh=True)
+    assert close(total, logits[:, :real], weight[:real], logits[:, :real].double() @ weight[:real].double())
+    grown = torch.ones(40, 6)
+    products.add_product(grown[:real], logits[:, :real].t(), hidden, fresh=False)
+    assert close(grown[:real], logits[:, :real].t(), hidden, 1 + logits[:, :real].double().t() @ hidden.double())
+    assert (grown[real:] == 1).all()
