@@ -58,8 +58,12 @@ def loss_bytes(shape: ModelShape, layout: Layout, batch: MicroBatch, path: LossP
     narrow = item < _FLOAT32
     at_once = piece + scratch
     if on_cpu:
-        # Narrow factors are widened: the weight as a whole, the piece some rows at a time.
-        at_once = piece + max(scratch, _PRODUCT + (weight * 2 if narrow else 0))
+        # Narrow factors are widened for a product in float32: the weight or the hidden states as a whole, the piece
+        # some rows at a time. What oneDNN copies inside a product is not counted.
+        wide_piece, wide_factor = (piece * 2, 2) if narrow else (0, 0)
+        of_hidden = weight * wide_factor + min(_PRODUCT, wide_hidden + wide_piece)
+        of_weight = hidden * wide_factor + min(_PRODUCT, columns * shape.hidden_size * _FLOAT32 + wide_piece)
+        at_once = piece + max(scratch, of_hidden, of_weight)
     if layout.tensor == 1 and layout.virtual_pipeline == 1:
         # Both gradients are made in forward, in float32.
         made = wide_hidden + columns * shape.hidden_size * _FLOAT32
