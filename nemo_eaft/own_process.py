@@ -26,11 +26,6 @@ _JOB_VARIABLES = (
 """Variables, or the beginnings of their names, by which Lightning would take a process for one rank of a job."""
 
 
-def environment_outside_a_job() -> dict[str, str]:
-    """The environment for a process of its own, whatever job it is started from."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(_JOB_VARIABLES)}
-
-
 def run_to_its_end(
     command: list[str], changed: Mapping[str, str] | None = None, *, silent: bool = False
 ) -> tuple[int, str]:
@@ -40,9 +35,11 @@ def run_to_its_end(
     changed: variables of its environment that are not ours.
     silent: what it prints is dropped; otherwise it goes where ours goes.
     """
-    environment = environment_outside_a_job() | dict(changed or {})
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_JOB_VARIABLES)}
     out = subprocess.DEVNULL if silent else None
-    with subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        command, env=inherited | dict(changed or {}), stdout=out, stderr=subprocess.PIPE, text=True
+    ) as child:
         try:
             said = child.communicate()[1]
         except BaseException:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import alive
+from tests.harness import alive, kill
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,5 +60,4 @@ def test_what_is_left_of_a_killed_rank(tmp_path: Path, whose: str, ends: bool) -
     try:
         assert alive(server) == (not ends)
     finally:
-        if alive(server):
-            os.kill(server, signal.SIGKILL)
+        kill([server])

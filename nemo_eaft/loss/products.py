@@ -103,7 +103,7 @@ def _sums_wide(factor: Tensor) -> bool:
 
 
 def _by_onednn(like: Tensor) -> bool:
-    """Whether products of this dtype on this device are oneDNN's, instead of the MKL's that PyTorch takes for float32.
+    """Whether products of this dtype on this device are oneDNN's, instead of MKL's, which PyTorch takes for float32.
 
     On an AMD EPYC with AVX-512 MKL's took twice the time (torch 2.13, two cores, 1024 x 576 by 576 x 6144: 38 ms
     against 17). Not measured on other processors.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 
 from nemo_eaft import compose
 from nemo_eaft.settings import Settings
+from tests.harness import kill
 from tests.nemo.sabotage import NAME, Sabotage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,12 +82,7 @@ class Job:
         """End the launcher and whatever has the run's folder among its arguments."""
         self.process.kill()
         self.process.wait()
-        for pid in processes_with(str(self.run_dir)):
-            with open(os.devnull, "w"):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+        kill(processes_with(str(self.run_dir)))
 
 
 def processes_with(text: str) -> list[int]:
